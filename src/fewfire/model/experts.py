@@ -1,0 +1,184 @@
+"""All routed experts of a layer, resident: the double loop that defines them and the grouped form that is fast.
+
+T tokens, K chosen, A = kept assignments (T*K when dropless) sorted by expert, E experts, D model width, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewfire import kernels
+from fewfire.config import FeedForwardConfig
+from fewfire.model.feedforward import activate
+from fewfire.routing import Routing
+
+
+class Experts(nn.Module):
+    """E feed-forwards of one shape, stacked. An `ExpertBank`: (x_TD, Routing) -> (T, D).
+
+    `weight_on` = input multiplies what an expert receives instead of what it returns (Llama 4).
+    """
+
+    def __init__(self, model_dim: int, num_experts: int, config: FeedForwardConfig, weight_on: str = "output"):
+        super().__init__()
+        self.config, self.weight_on, self.num_experts = config, weight_on, num_experts
+        width = config.hidden_dim
+
+        def stacked(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape).normal_(std=0.02))
+
+        self.gate = stacked(width, model_dim) if config.gated else None
+        self.up = stacked(width, model_dim)
+        self.down = stacked(model_dim, width)
+        self.gate_bias = nn.Parameter(torch.zeros(num_experts, width)) if config.gated and config.bias else None
+        self.up_bias = nn.Parameter(torch.zeros(num_experts, width)) if config.bias else None
+        self.down_bias = nn.Parameter(torch.zeros(num_experts, model_dim)) if config.bias else None
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        order_A, offsets = kernels.group_by_expert(routing.ids_TK, self.num_experts, routing.kept_TK)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
+        weights_A = routing.weights_TK.flatten()[order_A]
+        token_A = order_A // routing.ids_TK.shape[1]
+        if self.weight_on == "output" and not self.config.bias:
+            weights = (self.gate, self.up, self.down)
+            return GroupedExperts.apply(x_TD, weights_A, token_A, offsets, self.config, dtype, *weights)
+        return self._by_group(x_TD, weights_A, token_A, offsets.tolist())
+
+    def _by_group(self, x_TD: Tensor, weights_A: Tensor, token_A: Tensor, offsets: list[int]) -> Tensor:
+        """Plain autograd over expert groups: biases and input weighting, which the fused form leaves out."""
+        x_AD = x_TD[token_A]
+        if self.weight_on == "input":
+            x_AD = x_AD * weights_A[:, None].to(x_AD.dtype)
+        parts = [self.expert(e, x_AD[a:b]) for e, (a, b) in enumerate(zip(offsets, offsets[1:])) if b > a]
+        if not parts:
+            return torch.zeros_like(x_TD)
+        y_AD = torch.cat(parts)
+        if self.weight_on == "output":
+            y_AD = y_AD * weights_A[:, None].to(y_AD.dtype)
+        return torch.zeros_like(x_TD, dtype=y_AD.dtype).index_add(0, token_A, y_AD).to(x_TD.dtype)
+
+    def expert(self, e: int, x_RD: Tensor) -> Tensor:
+        """Expert `e` alone: (R, D) -> (R, D), unweighted."""
+
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return torch.nn.functional.linear(x, weight[e], None if bias is None else bias[e])
+
+        gate = None if self.gate is None else linear(x_RD, self.gate, self.gate_bias)
+        up = linear(x_RD, self.up, self.up_bias)
+        return linear(activate(gate, up, self.config), self.down, self.down_bias)
+
+
+def reference_experts(experts: Experts, x_TD: Tensor, routing: Routing) -> Tensor:
+    """The definition: for every token, for every kept choice, weight * expert(token). Slow; what tests compare with."""
+    rows = []
+    for t in range(x_TD.shape[0]):
+        row = torch.zeros_like(x_TD[t])
+        for k in range(routing.ids_TK.shape[1]):
+            if routing.kept_TK is not None and not bool(routing.kept_TK[t, k]):
+                continue
+            weight = routing.weights_TK[t, k].to(x_TD.dtype)
+            x_1D = x_TD[t : t + 1] * weight if experts.weight_on == "input" else x_TD[t : t + 1]
+            y_D = experts.expert(int(routing.ids_TK[t, k]), x_1D)[0]
+            row = row + (y_D * weight if experts.weight_on == "output" else y_D)
+        rows.append(row)
+    return torch.stack(rows) if rows else torch.zeros_like(x_TD)
+
+
+class GroupedExperts(torch.autograd.Function):
+    """Experts as products over contiguous groups of sorted rows: one autograd node a layer.
+
+    Saves the input and the pre-activations only (D + 2F numbers an assignment): the routing weight multiplies the
+    hidden state before `down`, so the gradient of a weight is <d(w h), h> and no expert output is kept.
+    Products run in `dtype`; gradients of the parameters come back in the parameters' dtype.
+    Exactness: outputs and gradients equal `reference_experts` up to the rounding of `dtype`.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x_TD: Tensor,
+        weights_A: Tensor,
+        token_A: Tensor,
+        offsets: Tensor,
+        config: FeedForwardConfig,
+        dtype: torch.dtype,
+        gate: Tensor | None,
+        up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        bounds = offsets.tolist()
+        x_AD = x_TD.to(dtype)[token_A]
+        into = _stack_in(gate, up, dtype)
+        pre_AP = x_AD.new_empty((x_AD.shape[0], into.shape[1]))
+        _products(x_AD, into, bounds, out=pre_AP, transpose=True)
+        hidden_AF = _activate(pre_AP, config) * weights_A[:, None].to(dtype)
+        y_AD = torch.empty_like(x_AD)
+        down_cast = down.to(dtype)
+        _products(hidden_AF, down_cast, bounds, out=y_AD, transpose=True)
+        ctx.save_for_backward(x_AD, pre_AP, weights_A, token_A, into, down_cast)
+        ctx.bounds, ctx.config = bounds, config
+        ctx.gated, ctx.shape, ctx.dtypes = gate is not None, x_TD.shape, (x_TD.dtype, up.dtype, down.dtype)
+        return _scatter_rows(y_AD, token_A, x_TD.shape[0]).to(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple:  # type: ignore[override]
+        x_AD, pre_AP, weights_A, token_A, into, down = ctx.saved_tensors
+        dtype, bounds = x_AD.dtype, ctx.bounds
+        dy_AD = dy_TD.to(dtype)[token_A]
+        dscaled_AF = dy_AD.new_empty((dy_AD.shape[0], down.shape[2]))
+        _products(dy_AD, down, bounds, out=dscaled_AF, transpose=False)
+        with torch.enable_grad():
+            leaf = pre_AP.detach().requires_grad_()
+            hidden_AF = _activate(leaf, ctx.config)
+        weights = weights_A[:, None].to(dtype)
+        dweights_A = (dscaled_AF * hidden_AF.detach()).sum(dim=-1, dtype=torch.float32).to(weights_A.dtype)
+        (dpre_AP,) = torch.autograd.grad(hidden_AF, leaf, dscaled_AF * weights)
+        ddown = _outer_products(dy_AD, hidden_AF.detach() * weights, bounds, ctx.dtypes[2])
+        dinto = _outer_products(dpre_AP, x_AD, bounds, ctx.dtypes[1])
+        dx_AD = torch.empty_like(x_AD)
+        _products(dpre_AP, into, bounds, out=dx_AD, transpose=False)
+        dx_TD = _scatter_rows(dx_AD, token_A, ctx.shape[0]).to(ctx.dtypes[0])
+        half = dinto.shape[1] // 2
+        dgate, dup = (dinto[:, :half], dinto[:, half:]) if ctx.gated else (None, dinto)
+        return dx_TD, dweights_A, None, None, None, None, dgate, dup, ddown
+
+
+def _stack_in(gate: Tensor | None, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """(E, 2F, D) of gate and up (or (E, F, D) of up alone) in `dtype`: one product reads a token's row once."""
+    if gate is None:
+        return up.to(dtype)
+    experts, width, dim = up.shape
+    stacked = torch.empty((experts, 2 * width, dim), dtype=dtype)
+    stacked[:, :width] = gate
+    stacked[:, width:] = up
+    return stacked
+
+
+def _activate(pre_AP: Tensor, config: FeedForwardConfig) -> Tensor:
+    gate, up = pre_AP.chunk(2, dim=-1) if config.gated else (None, pre_AP)
+    return activate(gate, up, config)
+
+
+def _products(x_AD: Tensor, weight: Tensor, bounds: list[int], *, out: Tensor, transpose: bool) -> None:
+    """out[group e] = x[group e] @ weight[e] (transposed if asked) for every group that has rows."""
+    for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        if b > a:
+            torch.mm(x_AD[a:b], weight[e].t() if transpose else weight[e], out=out[a:b])
+
+
+def _outer_products(left_AM: Tensor, right_AN: Tensor, bounds: list[int], dtype: torch.dtype) -> Tensor:
+    """(E, M, N): left[group e]^T @ right[group e]; zero for a group without rows."""
+    out = torch.zeros((len(bounds) - 1, left_AM.shape[1], right_AN.shape[1]), dtype=dtype)
+    for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
+        if b > a:
+            product = torch.mm(left_AM[a:b].t(), right_AN[a:b])
+            out[e] = product
+    return out
+
+
+def _scatter_rows(rows_AD: Tensor, token_A: Tensor, num_tokens: int) -> Tensor:
+    """(T, D) sums of the rows of each token, float32 sums, in the fixed order of the assignments."""
+    return torch.zeros((num_tokens, rows_AD.shape[1]), dtype=torch.float32).index_add_(0, token_A, rows_AD.float())
