@@ -1,0 +1,210 @@
+"""The hardware catalogue: parts, their prices, and sets of them ('8xH200'). Owns reading the TOML; no arithmetic of models.
+
+The catalogue ships as `hardware.toml`, dated. A file of the same form named by FEWFIRE_HARDWARE, or
+`~/.config/fewfire/hardware.toml`, adds parts and overrides those of the same name, field by field.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fewfire.config import environment
+from fewfire.errors import ConfigError, FormatError
+
+KINDS = ("gpu", "unified", "cpu", "laptop")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One device. Rates are the vendor's peaks (decimal, dense); what a step reaches is `efficiency` and the mfu."""
+
+    name: str
+    kind: str
+    memory_gb: float
+    bandwidth_gbs: float
+    efficiency: float = 0.75
+    aliases: tuple[str, ...] = ()
+    memory_bytes: int | None = None
+    reserve_gb: float | None = None
+    bf16_tflops: float | None = None
+    fp8_tflops: float | None = None
+    fp4_tflops: float | None = None
+    int8_tflops: float | None = None
+    link_gbs: float | None = None
+    link: str = ""
+    domain: int = 1
+    per_node: int = 1
+    node_link_gbs: float | None = None
+    disk_gbs: float | None = None
+    ram_gb: float | None = None
+    tdp_w: float | None = None
+    launch_s: float | None = None
+    price_usd_per_hour: float | None = None
+    price_low: float | None = None
+    price_high: float | None = None
+    price_date: str = ""
+    price_source: str = ""
+    own_usd_per_hour: tuple[float, ...] = ()
+    own_kw: float | None = None
+    buy_usd: float | None = None
+    sources: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def usable_bytes(self) -> float:
+        """Memory left for weights, cache and activations: a share for the allocator, then the runtime's own.
+
+        GPUs: 0.9 of what the driver reports (the engines' default) less 3.5 GB of context, graphs and collective
+        buffers (1 GB on cards below 40 GB, which run lighter runtimes). Unified memory: what the GPU may address
+        less 2 GB. Laptops and servers: less 2 GB and 8 GB for the system.
+        """
+        memory = self.memory_bytes or self.memory_gb * 1e9
+        default = {"gpu": 3.5 if self.memory_gb >= 40 else 1.0, "unified": 2.0, "laptop": 2.0, "cpu": 8.0}[self.kind]
+        if self.kind == "cpu" and self.memory_gb <= 256:
+            default = 2.0
+        reserve = (default if self.reserve_gb is None else self.reserve_gb) * 1e9
+        return max(0.0, memory * (0.9 if self.kind == "gpu" else 1.0) - reserve)
+
+
+@dataclass(frozen=True)
+class System:
+    """`count` devices of one part over `nodes` servers. `label` is what the user wrote, or the part's name."""
+
+    part: Part
+    count: int
+    asked: bool = False  # the count was written down, not chosen here
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.count // self.part.per_node)
+
+    @property
+    def label(self) -> str:
+        return self.part.name if self.count == 1 else f"{self.count}x {self.part.name}"
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.part.usable_bytes * self.count
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        price = self.part.price_usd_per_hour
+        return None if price is None else price * self.count
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All parts by name, with the date of the figures and of the prices."""
+
+    parts: tuple[Part, ...]
+    date: str
+    prices_date: str
+    stale_after_days: int
+    sources: dict[str, str]
+
+    def find(self, name: str) -> Part:
+        """The part of that name or alias, whatever its case or hyphens. ConfigError offers the nearest names."""
+        wanted = _key(name)
+        for part in self.parts:
+            if wanted == _key(part.name) or wanted in map(_key, part.aliases):
+                return part
+        known = {_key(alias): alias for part in self.parts for alias in (*part.aliases, part.name)}
+        near = get_close_matches(wanted, known, n=3, cutoff=0.5)
+        names = ", ".join(known[key] for key in near) or "H100, 8xH200, RTX 4090, laptop-32"
+        raise ConfigError(f"hardware ({name}) is not in the catalogue; nearest: {names}; `fewfire models --hardware` lists it")
+
+    def price_age_days(self, today: date) -> int | None:
+        """Days since the prices were read, None if their date is not one."""
+        match = re.fullmatch(r"(\d{4})-(\d{2})(?:-(\d{2}))?", self.prices_date)
+        if match is None:
+            return None
+        return (today - date(int(match.group(1)), int(match.group(2)), int(match.group(3) or 28))).days
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]", "", name.lower())
+
+
+_FIELDS = {field.name: field for field in fields(Part)}
+_NUMBERS = {name for name, field in _FIELDS.items() if "float" in str(field.type) or "int" in str(field.type)}
+
+
+def _read_part(entry: dict[str, Any], known: dict[str, Part], path: str) -> Part:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise FormatError("a [[part]] has no name; give it one", path=path)
+    for key, value in entry.items():
+        if key not in _FIELDS:
+            near = get_close_matches(key, _FIELDS, n=1)
+            raise FormatError(f"unknown key {key} of part {name}" + (f"; did you mean {near[0]}" if near else ""), path=path)
+        if key in _NUMBERS and not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise FormatError(f"{key} of part {name} must be a number, not {value!r}", path=path)
+        if key in _NUMBERS and isinstance(value, int | float) and not value > 0 and key != "reserve_gb":
+            raise FormatError(f"{key} of part {name} must be above zero, not {value!r}", path=path)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    if name in known:
+        return replace(known[name], **values)
+    missing = [key for key in ("kind", "memory_gb", "bandwidth_gbs") if key not in entry]
+    if missing:
+        raise FormatError(f"part {name} lacks {', '.join(missing)}; a new part needs them", path=path)
+    if entry["kind"] not in KINDS:
+        raise FormatError(f"kind of part {name} is {entry['kind']!r}; use one of {', '.join(KINDS)}", path=path)
+    return Part(**values)
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"hardware catalogue {path} cannot be read ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"not a TOML file ({error}); fix the line it names", path=str(path)) from error
+
+
+def user_catalogue() -> Path | None:
+    """The user's own file: FEWFIRE_HARDWARE, or ~/.config/fewfire/hardware.toml if it is there."""
+    named = environment("FEWFIRE_HARDWARE")
+    if named:
+        return Path(named)
+    home = environment("HOME")
+    default = Path(home) / ".config" / "fewfire" / "hardware.toml" if home else None
+    return default if default is not None and default.is_file() else None
+
+
+@lru_cache(maxsize=4)
+def load_catalogue(user: Path | None = None) -> Catalogue:
+    """The shipped catalogue with the user's file laid over it."""
+    shipped = Path(__file__).with_name("hardware.toml")
+    parts: dict[str, Part] = {}
+    head: dict[str, Any] = {}
+    for path in (shipped, user or user_catalogue()):
+        if path is None:
+            continue
+        document = _read_toml(path)
+        for entry in document.pop("part", []):
+            part = _read_part(entry, parts, str(path))
+            parts[part.name] = part
+        head |= {key: value for key, value in document.items() if key != "sources"}
+        head["sources"] = {**head.get("sources", {}), **document.get("sources", {})}
+    return Catalogue(
+        tuple(parts.values()), str(head["date"]), str(head["prices_date"]), int(head["prices_stale_after_days"]), head["sources"]
+    )
+
+
+def parse_hardware(text: str, catalogue: Catalogue) -> System:
+    """'8xH200', '8 x H200', 'H100', 'laptop-32': a count and a part. ConfigError on zero, absurd counts and unknown names."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
+    if match is None:
+        raise ConfigError(f"hardware ({text!r}) is empty; write a part such as H100 or a set such as 8xH200")
+    number, name = match.groups()
+    if number is not None and not 1 <= int(number) <= 100_000:
+        raise ConfigError(f"hardware ({text}) asks for {number} devices; use 1 to 100000")
+    return System(catalogue.find(name), int(number or 1), asked=number is not None)

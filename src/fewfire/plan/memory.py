@@ -1,0 +1,311 @@
+"""Bytes: weights per format and tensor class, KV cache, and the floor. Owns the sizes of formats; knows no device.
+
+GB is 10^9 bytes, GiB 2^30. Formats are block-wise along a tensor's last axis: a row that is no multiple of the
+block is padded to one, as it is on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from fewfire.config import (
+    AttentionConfig,
+    DeltaNetConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    LightningConfig,
+    LstmConfig,
+    MambaConfig,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+)
+from fewfire.errors import ConfigError
+from fewfire.plan.count import visible_tokens
+from fewfire.plan.shapes import TensorSpec, distinct_layers, layer_tensors, outer_tensors
+
+# name -> (elements a block, bytes a block). q4 and q8: groups of 32 with one 16-bit scale. mxfp4: 32 e2m1 values
+# and one 8-bit exponent. GGUF's blocks as ggml defines them.
+FORMATS: dict[str, tuple[int, int]] = {
+    "f32": (1, 4),
+    "bf16": (1, 2),
+    "fp16": (1, 2),
+    "fp8": (1, 1),
+    "q8": (32, 34),
+    "q4": (32, 18),
+    "mxfp4": (32, 17),
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q8_0": (32, 34),
+    "q4_k": (256, 144),
+    "q6_k": (256, 210),
+}
+FORMAT_NAMES = (*FORMATS, "native")
+FP8_SCALE_BLOCK = 128  # fp8 checkpoints carry one float32 scale for each 128 x 128 block
+PROCESS_BYTES = 230 * 2**20  # Python, torch and the tokenizer, resident, before any weight
+INDEX_KEY_BYTES = 132  # of an indexer with heads of 128: 128 fp8 values and one float32 scale, as engines store it
+
+
+def bits_per_weight(format_name: str) -> float:
+    """Bits one weight takes in `format_name`, scales included (q4: 4.5)."""
+    block, block_bytes = FORMATS[format_name]
+    return 8 * block_bytes / block
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Which format each part is stored in. `native` says the published checkpoint's own choice is meant."""
+
+    experts: str
+    down: str
+    trunk: str
+    head: str
+    router: str
+    embedding: str
+    small: str  # norms, biases and other vectors
+    scaled: bool = False  # fp8 with float32 block scales
+    native: bool = False
+
+    def of(self, spec: TensorSpec) -> str:
+        """The format of one tensor."""
+        if spec.kind == "select_bias":
+            return "f32"
+        if spec.kind == "router":
+            return self.router
+        if not spec.matmul and spec.kind not in ("embedding", "positions"):
+            return self.small
+        if spec.kind == "experts":
+            return self.down if spec.name.endswith(".down") else self.experts
+        if spec.kind == "head" or (spec.kind == "embedding" and spec.matmul):
+            return self.head
+        return self.embedding if spec.kind in ("embedding", "positions") else self.trunk
+
+
+def _check_format(name: str, key: str) -> str:
+    if name not in FORMAT_NAMES:
+        raise ConfigError(f"{key} ({name}) is not a format; choose one of {', '.join(FORMAT_NAMES)}")
+    return name
+
+
+def _native_formats(config: ModelConfig) -> Formats:
+    name = _check_format(config.native_format, "native_format")
+    if name in ("f32", "bf16", "fp16"):
+        return Formats(*[name] * 7, native=True)
+    rest = "bf16"
+    trunk = "fp8" if name == "fp8" else rest
+    return Formats(
+        experts=name, down=name, trunk=trunk, head=rest, router=rest, embedding=rest, small=rest,
+        scaled=name == "fp8", native=True,
+    )  # fmt: skip
+
+
+def choose_formats(
+    config: ModelConfig,
+    quant: str = "native",
+    *,
+    experts: str | None = None,
+    trunk: str | None = None,
+    down: str | None = None,
+    head: str | None = None,
+) -> Formats:
+    """Formats of every part: `quant` for all, the rest to set parts apart.
+
+    `q4`: experts q4, trunk q8, router f32. `mxfp4`: experts mxfp4, the rest bf16. Any other: all but the router,
+    which stays f32. `native`: what the publisher stores. Raises ConfigError on an unknown name.
+    """
+    quant = _check_format(quant.lower(), "--quant")
+    if quant == "native":
+        formats = _native_formats(config)
+    else:
+        rest = {"q4": "q8", "mxfp4": "bf16"}.get(quant, quant)
+        small = "f32" if quant == "f32" else ("fp16" if quant == "fp16" else "bf16")
+        router = "bf16" if quant == "mxfp4" else "f32"
+        formats = Formats(quant, quant, rest, rest, router, rest, small)
+    chosen = {"experts": experts, "down": down or experts, "trunk": trunk, "embedding": trunk, "head": head or trunk}
+    changes = {key: _check_format(name.lower(), f"--{key}") for key, name in chosen.items() if name is not None}
+    if "native" in changes.values():
+        raise ConfigError("native is a format for the whole model only; name a format such as q8 or bf16 for a part")
+    return Formats(**{**formats.__dict__, **changes, "native": formats.native and not changes})
+
+
+def tensor_bytes(spec: TensorSpec, formats: Formats) -> int:
+    """Bytes of one tensor, scales and padding included."""
+    name = formats.of(spec)
+    block, block_bytes = FORMATS[name]
+    rows = spec.size // spec.shape[-1]
+    size = rows * ceil(spec.shape[-1] / block) * block_bytes
+    if formats.scaled and name == "fp8":
+        matrices = spec.shape[0] if len(spec.shape) == 3 else 1
+        height = ceil(spec.shape[-2] / FP8_SCALE_BLOCK)
+        size += 4 * matrices * height * ceil(spec.shape[-1] / FP8_SCALE_BLOCK)
+    return size
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of the weights. `experts` routed, `trunk` the rest; `embedding` is the part of the trunk only gathered from.
+
+    `per_expert` is the largest single expert, `active_experts` the bytes of the experts that one token meets.
+    """
+
+    total: int
+    experts: int
+    trunk: int
+    embedding: int
+    per_expert: int
+    active_experts: int
+    by_class: dict[str, int]
+
+
+def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
+    """Bytes of every tensor class of `config` in `formats`."""
+    by_class: dict[str, int] = {}
+    active_experts = per_expert = 0
+    for layer, copies in distinct_layers(config):
+        layer_experts = 0
+        for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
+            size = tensor_bytes(spec, formats)
+            by_class[spec.kind] = by_class.get(spec.kind, 0) + size * copies
+            layer_experts += size if spec.kind == "experts" else 0
+        if isinstance(layer.ffn, MoEConfig):
+            one = layer_experts // layer.ffn.router.num_experts
+            per_expert = max(per_expert, one)
+            active_experts += one * layer.ffn.router.top_k * copies
+    gathered = 0
+    for spec in outer_tensors(config):
+        size = tensor_bytes(spec, formats)
+        by_class[spec.kind] = by_class.get(spec.kind, 0) + size
+        gathered += size if spec.kind in ("embedding", "positions") and not spec.matmul else 0
+    total, experts = sum(by_class.values()), by_class.get("experts", 0)
+    return WeightBytes(total, experts, total - experts, gathered, per_expert, active_experts, by_class)
+
+
+# ---------------------------------------------------------------------------------------------------- the cache
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """What one sequence keeps. `per_token`: growth in layers that see everything; `windowed`: reached at the bound.
+
+    `index`: indexer keys a token. `state`: recurrent state, whatever the length; `conv`: last inputs of convolutions.
+    """
+
+    per_token: int
+    index_per_token: int
+    windowed: int
+    state: int
+    conv: int
+    cross: int
+    sequence: int  # all of it at the context asked about
+
+
+def _mixer_cache(mixer: Mixer | None, context: int, element_bytes: int) -> tuple[int, int, int, int, int]:
+    """(per token, index per token, windowed, state, conv) of one layer."""
+    match mixer:
+        case AttentionConfig():
+            width = 2 * mixer.num_kv_heads * mixer.head_dim * element_bytes
+            bounded = mixer.window is not None or mixer.chunk is not None
+            return (0, 0, width * visible_tokens(mixer, context), 0, 0) if bounded else (width, 0, 0, 0, 0)
+        case LatentAttentionConfig():
+            indexer = mixer.indexer
+            index = 0 if indexer is None or indexer.shared else indexer.head_dim + 4 * ceil(indexer.head_dim / 128)
+            return (mixer.kv_rank + mixer.rope_dim) * element_bytes, index, 0, 0, 0
+        case DeltaNetConfig():
+            channels = 2 * mixer.num_key_heads * mixer.key_dim + mixer.num_value_heads * mixer.value_dim
+            state = 4 * mixer.num_value_heads * mixer.key_dim * mixer.value_dim
+            return 0, 0, 0, state, channels * mixer.conv_kernel * element_bytes
+        case LightningConfig():
+            return 0, 0, 0, 4 * mixer.num_heads * mixer.head_dim**2, 0
+        case MambaConfig():
+            return 0, 0, 0, 4 * mixer.inner_dim * mixer.state_dim, mixer.inner_dim * mixer.conv_kernel * element_bytes
+        case LstmConfig():
+            return 0, 0, 0, 8 * mixer.hidden_dim, 0
+        case None:
+            return 0, 0, 0, 0, 0
+
+
+def _decoder_layers(config: ModelConfig) -> dict[LayerConfig, int]:
+    layers: dict[LayerConfig, int] = {}
+    for layer in config.layers:
+        layers[layer] = layers.get(layer, 0) + 1
+    return layers
+
+
+def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> CacheBytes:
+    """The cache of one sequence of `context` tokens, keys and values in `element_bytes` (2: bf16), state in float32.
+
+    MLA keeps its latents, no heads and no factor two. Windowed and chunked layers stop growing at their bound. An
+    encoder-decoder keeps the keys and values of an input of `context` tokens for its cross-attention as well.
+    """
+    sums = [0, 0, 0, 0, 0]
+    cross = 0
+    for layer, copies in _decoder_layers(config).items():
+        parts = _mixer_cache(layer.mixer, context, element_bytes)
+        sums = [total + part * copies for total, part in zip(sums, parts, strict=True)]
+        if layer.cross is not None:
+            cross += 2 * layer.cross.num_kv_heads * layer.cross.head_dim * element_bytes * context * copies
+    per_token, index, windowed, state, conv = sums
+    sequence = (per_token + index) * context + windowed + state + conv + cross
+    return CacheBytes(per_token, index, windowed, state, conv, cross, sequence)
+
+
+def cache_read_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> int:
+    """Bytes of cache that one decode step of one sequence reads: a sparse indexer reads its keys and `top_k` latents."""
+    total = 0
+    for layer, copies in _decoder_layers(config).items():
+        per_token, index, windowed, state, conv = _mixer_cache(layer.mixer, context, element_bytes)
+        attended = context
+        if isinstance(layer.mixer, LatentAttentionConfig) and layer.mixer.indexer is not None:
+            attended = min(context, layer.mixer.indexer.top_k)
+        read = per_token * attended + index * context + windowed + 2 * state + conv
+        if layer.cross is not None:
+            read += 2 * layer.cross.num_kv_heads * layer.cross.head_dim * element_bytes * context
+        total += read * copies
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------- the floor
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least memory a run can do with: what `--memory` refuses below. `table` names each part."""
+
+    table: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.table.values())
+
+
+def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """Scratch of one step over `num_tokens` tokens, float32: residual, widest projections, and one row of logits each."""
+    widest = config.model_dim
+    for layer, _ in distinct_layers(config):
+        for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
+            if spec.matmul and spec.kind != "experts":
+                widest = max(widest, spec.shape[0])
+        if isinstance(layer.ffn, MoEConfig):
+            widest = max(widest, layer.ffn.expert.hidden_dim * layer.ffn.router.top_k)
+    return 4 * num_tokens * (4 * config.model_dim + 3 * widest)
+
+
+def floor_bytes(
+    config: ModelConfig, formats: Formats, context: int, batch: int = 1, *, prefill_chunk: int = 128
+) -> Floor:
+    """Process + trunk + cache + activations + the fewest experts a layer can run with, two layers' worth in flight.
+
+    A dense model has no experts to leave on disk: its floor holds all weights.
+    """
+    weights = weight_bytes(config, formats)
+    most = max((moe.router.top_k for _, _, moe in config.moe_layers), default=0)
+    return Floor(
+        {
+            "process": PROCESS_BYTES,
+            "trunk": weights.trunk,
+            "kv cache": cache_bytes(config, context).sequence * batch,
+            "experts in flight": 2 * most * weights.per_expert,
+            "activations": activation_bytes(config, max(batch, prefill_chunk)) + 4 * config.vocab_size * batch,
+        }
+    )
