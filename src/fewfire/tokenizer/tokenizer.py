@@ -1,0 +1,238 @@
+"""`Tokenizer`: one class for every vocabulary. Text that users write never becomes a control token by accident."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fewfire.errors import ConfigError, FormatError
+from fewfire.tokenizer.files import json_bytes, read_bytes, read_json, write_file
+from fewfire.tokenizer.pieces import Decoding, is_control, join_pieces, piece_table, read_decoding
+
+# Names that end a text, for a bare tokenizer.json that does not say which of its tokens does.
+_USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `encode` reads special tokens inside the text as plain text unless `allow_special`; `decode` of what `encode`
+    gave returns the text exactly where the vocabulary is byte-level. Ids without a token decode to ''.
+    Threads: all methods may be called from several.
+    """
+
+    def __init__(self, definition: dict[str, Any], config: dict[str, Any], *, source: str | None = None):
+        """`definition` is the content of a tokenizer.json, `config` that of a tokenizer_config.json (may be empty)."""
+        from tokenizers import Tokenizer as Backend
+
+        self.config = config
+        self._added = {
+            int(token["id"]): token for token in definition.get("added_tokens") or () if isinstance(token, dict)
+        }
+        # The library skips, on request, the tokens marked special. Marking every control token makes that complete;
+        # the file's own marks stay in self._added and are restored by `definition`.
+        marked = dict(definition)
+        marked["added_tokens"] = [token | {"special": is_control(token)} for token in self._added.values()]
+        marked["truncation"] = marked["padding"] = None
+        try:
+            self._backend = Backend.from_str(json.dumps(marked))
+        except Exception as error:  # the library raises nothing narrower
+            raise FormatError(f"is no tokenizer definition ({_one_line(error)})", path=source) from error
+        self._lock = threading.Lock()
+        self.decoding: Decoding = read_decoding(definition.get("decoder"))
+        model = definition.get("model") or {}
+        unknown = model.get("unk_id") if model.get("type") == "Unigram" else model.get("unk_token")
+        self._unknown_id = self._backend.token_to_id(unknown) if isinstance(unknown, str) else unknown
+
+    # ------------------------------------------------------------------------------------------ files
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.json, or a folder that holds one (and its tokenizer_config.json).
+
+        Raises: ConfigError where there is none, FormatError where it cannot be understood.
+        """
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(f"{path}: no tokenizer.json there; name the file, or the folder that holds it")
+        config_file = file.with_name("tokenizer_config.json")
+        config = read_json(config_file) if config_file.is_file() else {}
+        template = file.with_name("chat_template.jinja")
+        if template.is_file():
+            config["chat_template"] = read_bytes(template).decode("utf-8", "replace")
+        return cls._checked(read_json(file), config, str(file))
+
+    @classmethod
+    def from_json(cls, text: str, config: dict[str, Any] | None = None) -> Tokenizer:
+        """From the text of a tokenizer.json. Raises FormatError where it cannot be understood."""
+        try:
+            definition = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise FormatError(f"the tokenizer is not JSON ({error.msg})", offset=error.pos) from error
+        return cls._checked(definition, config or {}, None)
+
+    @classmethod
+    def _checked(cls, definition: Any, config: dict[str, Any], source: str | None) -> Tokenizer:
+        try:
+            return cls(definition, config, source=source)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(f"is no tokenizer definition ({_one_line(error)})", path=source) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json in hub form, each atomically.
+
+        Raises: ConfigError where the folder cannot be written, BudgetError where the disk is full.
+        """
+        folder = Path(folder)
+        write_file(folder / "tokenizer.json", json_bytes(self.definition))
+        write_file(folder / "tokenizer_config.json", json_bytes(self.config))
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The content of tokenizer.json, with the marks that it came with."""
+        definition = json.loads(self._backend.to_str())
+        definition["added_tokens"] = list(self._added.values())
+        return definition
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides encoding: two tokenizers with the same one give the same ids."""
+        return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode("utf-8")).hexdigest()
+
+    # ------------------------------------------------------------------------------------- vocabulary
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return max([*self._vocabulary.values(), *self._added], default=-1) + 1
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return self._backend.get_vocab(with_added_tokens=True)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that the file marks special: `decode(skip_special=True)` leaves them out."""
+        return frozenset(token_id for token_id, token in self._added.items() if token.get("special"))
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that text never becomes unless `allow_special`: the special ones and every bracketed marker."""
+        return frozenset(token_id for token_id, token in self._added.items() if is_control(token))
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text; None where neither the files nor a usual name tell."""
+        named = self._named_id("eos_token")
+        if named is not None or "eos_token" in self.config:
+            return named
+        return next((self._vocabulary[name] for name in _USUAL_ENDS if name in self._vocabulary), None)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, where the files name one."""
+        return self._named_id("bos_token")
+
+    def _named_id(self, key: str) -> int | None:
+        value = self.config.get(key)
+        name = value.get("content") if isinstance(value, dict) else value
+        return self._vocabulary.get(name) if isinstance(name, str) else None
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of a token as the vocabulary spells it; None where it has none."""
+        return self._vocabulary.get(token)
+
+    # -------------------------------------------------------------------------------- encode, decode
+
+    def encode(self, text: str, *, allow_special: bool = False, add_special: bool = False) -> list[int]:
+        """Token ids of a text.
+
+        `allow_special`: special tokens written in the text become control tokens (for trusted text only).
+        `add_special`: put around it what the tokenizer's own rules say (a beginning-of-text token, mostly).
+        Lone surrogates become U+FFFD.
+        """
+        return self.encode_batch([text], allow_special=allow_special, add_special=add_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, allow_special: bool = False, add_special: bool = False
+    ) -> list[list[int]]:
+        """`encode` of many texts at once, on all cores."""
+        valid = [without_surrogates(text) for text in texts]
+        with self._lock:
+            self._backend.encode_special_tokens = not allow_special
+            batch = [encoding.ids for encoding in self._backend.encode_batch_fast(valid, add_special_tokens=False)]
+        if not allow_special:
+            batch = [ids if self._forbidden.isdisjoint(ids) else self._spelled_out(ids) for ids in batch]
+        before, after = self._frame if add_special else ([], [])
+        return [before + ids + after for ids in batch]
+
+    @cached_property
+    def _forbidden(self) -> frozenset[int]:
+        """Control ids that a model may still make of plain text (Unigram holds '</s>' as a piece like any other)."""
+        return self.control_ids - {self._unknown_id}
+
+    def _spelled_out(self, ids: list[int]) -> list[int]:
+        """`ids` with every control token replaced by the tokens of its characters, one by one."""
+        spelled: list[int] = []
+        for token_id in ids:
+            if token_id in self._forbidden:
+                characters = self._added[token_id]["content"]
+                spelled += [token.id for character in characters for token in self._backend.model.tokenize(character)]
+            else:
+                spelled.append(token_id)
+        return spelled
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer's own rules put before and after a text."""
+        with self._lock:
+            inner = self._backend.encode("a", add_special_tokens=False).ids
+            framed = self._backend.encode("a", add_special_tokens=True).ids
+        start = next((i for i in range(len(framed)) if framed[i : i + len(inner)] == inner), 0)
+        before, after = framed[:start], framed[start + len(inner) :]
+        bos, eos = self.bos_token_id, self.eos_token_id
+        if bos is not None and self.config.get("add_bos_token") is True and bos not in before:
+            before = [bos, *before]
+        if eos is not None and self.config.get("add_eos_token") is True and eos not in after:
+            after = [*after, eos]
+        return before, after
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of token ids. Bytes that are no UTF-8 become U+FFFD; `skip_special` leaves special tokens out."""
+        kept = [int(i) for i in ids if not (skip_special and int(i) in self.special_ids)]
+        if self.decoding.kind == "opaque":
+            size = self.vocab_size
+            return self._backend.decode([i for i in kept if 0 <= i < size], skip_special_tokens=False)
+        return join_pieces((self.id_to_bytes(i) for i in kept), self.decoding.strip_start)
+
+    def id_to_bytes(self, token_id: int) -> bytes:
+        """The bytes that one id stands for; b'' for an id without a token."""
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        return piece_table(vocabulary, {i: token["content"] for i, token in self._added.items()}, self.decoding)
+
+
+def without_surrogates(text: str) -> str:
+    """`text` with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD, and split pairs joined."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
