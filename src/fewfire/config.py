@@ -6,6 +6,7 @@ defaults: a guessed `renormalize` is a different model.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -238,7 +239,7 @@ class RouterConfig:
     `select_bias`: a per-expert float32 buffer added for choosing, never in the weights (DeepSeek-V3).
     `bias`: the projection has one (gpt-oss). `weight_on`: `output` or `input` of the expert (Llama 4).
     `capacity`: most tokens per sequence an expert takes, by position (Switch); None is dropless.
-    `branches`: first level of a hierarchical router (2017); None is flat.
+    `branches`: first level of a hierarchical router (2017), sqrt(top_k) chosen at each level; None is flat.
     """
 
     num_experts: int
@@ -272,6 +273,16 @@ class RouterConfig:
                 self.top_k <= self.num_experts // groups.num_groups * groups.top_groups,
                 f"top_k ({self.top_k}) exceeds the experts of {groups.top_groups} groups; allow more groups",
             )
+        if self.branches is not None:
+            level = math.isqrt(self.top_k)
+            check(
+                self.branches > 0 and self.num_experts % self.branches == 0,
+                f"branches ({self.branches}) must divide num_experts ({self.num_experts})",
+            )
+            check(
+                level * level == self.top_k and level <= min(self.branches, self.num_experts // self.branches),
+                f"top_k ({self.top_k}) must be a square, its root at most {self.branches} branches and their size",
+            )
 
 
 @dataclass(frozen=True)
@@ -296,9 +307,12 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """`rms` or `layer` norm. `offset`: the weight w is applied as 1 + w (Qwen3-Next). `bias`: LayerNorm's."""
+    """`rms` or `layer` norm. `offset`: the weight w is applied as 1 + w (Qwen3-Next). `bias`: LayerNorm's.
 
-    kind: Literal["rms", "layer"]
+    `none`: the model has no norms at all (the 2017 LSTM stack).
+    """
+
+    kind: Literal["rms", "layer", "none"]
     eps: float
     bias: bool = False
     offset: bool = False
@@ -328,6 +342,9 @@ class ModelConfig:
     `embed_scale` and `logit_scale` multiply; `residual_scale` multiplies what a block adds. `sandwich`: norms
     after the sub-blocks too (Grok-1). `learned_positions`: rows of a position table. `encoder`: layers of an
     encoder, then `layers` are the decoder's. `native_format`: the format of the published checkpoint's experts.
+    `normed_residual`: MiniMax-Text-01 adds to the normed input: (alpha, beta) of full attention, of linear attention
+    and of the feed-forward. `vision`: the hub's description of a vision tower, as JSON text: recorded so that it is
+    written back and that images get a clear error; nothing runs it. `ignored`: keys that the user told us to ignore.
     """
 
     family: str
@@ -351,6 +368,7 @@ class ModelConfig:
     decoder_start_token_id: int | None = None
     mtp: MtpConfig | None = None
     native_format: str = "bf16"
+    vision: str | None = None
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

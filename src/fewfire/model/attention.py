@@ -30,7 +30,7 @@ class Context:
     visible_BS: Tensor | None
     past: int
     scratch: dict[str, Tensor] = field(default_factory=dict)
-    _masks: dict[tuple, Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple, Tensor] = field(default_factory=dict)
     _angles: dict[RopeConfig, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -43,18 +43,28 @@ class Context:
             self._angles[rope] = cos_sin(rope, self.positions_BT, int(self.key_positions_BS.max()) + 1)
         return self._angles[rope]
 
+    @property
+    def real_BT(self) -> Tensor | None:
+        """Bool, False where a new token is padding; None when none is."""
+        return None if self.visible_BS is None else self.visible_BS[:, self.past :]
+
     def mask(self, window: int | None, chunk: int | None) -> Tensor | None:
         """Bool (B or 1, 1, T, S), True = visible; None when plain causal over a text without cache or padding."""
+        length = self.length
+        bounded = (window is not None and window < length) or (chunk is not None and chunk < length)
+        if self.visible_BS is None and self.past == 0 and not bounded:
+            return None
+        return self.full_mask(window, chunk)
+
+    def full_mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
+        """`mask`, spelled out also where it is plain causal."""
         key = (window, chunk)
         if key not in self._masks:
             self._masks[key] = self._build_mask(window, chunk)
         return self._masks[key]
 
-    def _build_mask(self, window: int | None, chunk: int | None) -> Tensor | None:
+    def _build_mask(self, window: int | None, chunk: int | None) -> Tensor:
         length = self.length
-        bounded = (window is not None and window < length) or (chunk is not None and chunk < length)
-        if self.visible_BS is None and self.past == 0 and not bounded:
-            return None
         rows = slice(0, 1) if self.visible_BS is None else slice(None)
         query_B1T1 = self.positions_BT[rows, None, :, None]
         key_B11S = self.key_positions_BS[rows, None, None, :]

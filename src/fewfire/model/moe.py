@@ -11,6 +11,7 @@ from fewfire.config import FeedForwardConfig, MoEConfig, RouterConfig
 from fewfire.errors import ConfigError
 from fewfire.model.experts import Experts
 from fewfire.model.feedforward import FeedForward
+from fewfire.model.noisy import NoisyRouter
 from fewfire.model.router import Router
 from fewfire.routing import ExpertBank, Routing
 
@@ -26,7 +27,8 @@ class MoELayer(nn.Module):
     def __init__(self, model_dim: int, config: MoEConfig, layer: int = 0):
         super().__init__()
         self.config, self.layer = config, layer
-        self.router = Router(model_dim, config.router)
+        noisy = config.router.score == "noisy_softmax"
+        self.router: Router | NoisyRouter = (NoisyRouter if noisy else Router)(model_dim, config.router)
         self.experts: ExpertBank | Experts = Experts(
             model_dim, config.router.num_experts, config.expert, config.router.weight_on
         )
@@ -35,7 +37,7 @@ class MoELayer(nn.Module):
 
     def forward(self, x: Tensor, observe: Observer | None = None) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, x.shape[-2] if x.dim() > 2 else None)
         if observe is not None:
             observe(self.layer, routing)
         y_TD = self.experts(x_TD, routing)

@@ -58,6 +58,18 @@ def keep_best_groups(choice_TE: Tensor, groups: GroupConfig) -> Tensor:
     return choice_TNe.masked_fill(~keep_TN[..., None], filler).flatten(1)
 
 
+def within_capacity(ids_TK: Tensor, num_experts: int, capacity: int, length: int | None = None) -> Tensor:
+    """Bool (T, K): True for the first `capacity` assignments to an expert in each sequence of `length` tokens.
+
+    The earlier position wins, whatever the weights (Switch Transformer, section 2.2, as released).
+    """
+    if ids_TK.shape[0] == 0:
+        return torch.ones_like(ids_TK, dtype=torch.bool)
+    chosen_TE = torch.zeros((ids_TK.shape[0], num_experts), dtype=torch.int64).scatter_(1, ids_TK, 1)
+    rank_TE = chosen_TE.unflatten(0, (-1, length or ids_TK.shape[0])).cumsum(dim=1).flatten(0, 1)
+    return rank_TE.gather(1, ids_TK) <= capacity
+
+
 def _sparsemixer(logits_TE: Tensor, config: RouterConfig) -> Routing:
     """Phi-3.5's rule at evaluation: K rounds of argmax, each weighted by a softmax over the near-best of what is left.
 
@@ -94,8 +106,11 @@ class Router(nn.Module):
         self.register_buffer("select_bias", bias)
         self.select_bias: Tensor | None
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """(T, D) -> Routing; the projection runs in float32 also under autocast."""
+    def forward(self, x_TD: Tensor, length: int | None = None) -> Routing:
+        """(T, D) -> Routing; the projection runs in float32 also under autocast.
+
+        `length`: tokens a sequence, T a multiple of it; only `config.capacity` asks (None: one sequence).
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
             if self.training and self.config.jitter > 0 and self.config.score != "sparsemixer":
@@ -103,4 +118,8 @@ class Router(nn.Module):
                 x_TD = x_TD * noise
             bias = None if self.bias is None else self.bias.float()
             logits_TE = torch.nn.functional.linear(x_TD, self.weight.float(), bias)
-            return route(logits_TE, self.config, self.select_bias)
+            routing = route(logits_TE, self.config, self.select_bias)
+            if self.config.capacity is None:
+                return routing
+            kept_TK = within_capacity(routing.ids_TK, self.config.num_experts, self.config.capacity, length)
+            return routing._replace(kept_TK=kept_TK)
