@@ -1,5 +1,15 @@
-"""The one door to native code: each kernel validates shapes, dtypes and strides once, picks native or reference, calls it."""
+"""The one door to native code: a kernel validates shapes, dtypes and strides once, picks native or reference, calls it."""
 
-from fewfire.kernels.reference import group_by_expert, top_k
+from fewfire.kernels.activation import swiglu_backward, swiglu_forward
+from fewfire.kernels.isa import current_isa, set_isa, supported_isas
+from fewfire.kernels.selection import group_by_expert, top_k
 
-__all__ = ["group_by_expert", "top_k"]
+__all__ = [
+    "current_isa",
+    "group_by_expert",
+    "set_isa",
+    "supported_isas",
+    "swiglu_backward",
+    "swiglu_forward",
+    "top_k",
+]

@@ -1,6 +1,7 @@
 """The plain definition of every kernel, in torch: what native code is compared with, and what runs without it.
 
-Knows no native code. Nothing here is meant to be fast. T tokens, E experts, K slots, A kept assignments.
+Knows no native code. Nothing here is meant to be fast.
+T tokens, E experts, K slots, A kept assignments; R rows, F expert width, P = 2 F pre-activations.
 """
 
 from __future__ import annotations
@@ -30,3 +31,26 @@ def group_by_expert(ids_TK: Tensor, num_experts: int, kept_TK: Tensor | None = N
     offsets_E1 = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids_TK.device)
     torch.cumsum(counts_E, 0, out=offsets_E1[1:])
     return order_A, offsets_E1
+
+
+def swiglu_forward(pre_RP: Tensor, weights_R: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * weight, where a row of `pre_RP` is gate, then up (P = 2 F)."""
+    gate_RF, up_RF = pre_RP.chunk(2, dim=-1)
+    hidden_RF = torch.nn.functional.silu(gate_RF) * up_RF
+    return hidden_RF if weights_R is None else hidden_RF * weights_R[:, None].to(pre_RP.dtype)
+
+
+def swiglu_backward(
+    grad_RF: Tensor, pre_RP: Tensor, weights_R: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of `swiglu_forward` by `pre_RP` and `weights_R`, and its output: (grad_pre_RP, hidden_RF, grad_weights_R)."""
+    with torch.enable_grad():
+        pre = pre_RP.detach().requires_grad_()
+        hidden_RF = swiglu_forward(pre)
+    weights_R1 = 1 if weights_R is None else weights_R[:, None].to(pre_RP.dtype)
+    (grad_pre_RP,) = torch.autograd.grad(hidden_RF, pre, grad_RF * weights_R1)
+    hidden_RF = hidden_RF.detach()
+    if weights_R is None:
+        return grad_pre_RP, hidden_RF, None
+    grad_weights_R = (grad_RF * hidden_RF).sum(dim=-1, dtype=weights_R.dtype)
+    return grad_pre_RP, hidden_RF * weights_R1, grad_weights_R

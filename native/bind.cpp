@@ -1,0 +1,92 @@
+// The only file that knows Python. Arrays arrive as plain addresses: fewfire.kernels has validated shapes, dtypes and
+// strides, and an integer argument costs a hundredth of a tensor. Nothing here checks them again.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "dispatch.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using fewfire::bf16;
+using fewfire::Isa;
+using fewfire::table;
+
+constexpr std::array<std::pair<Isa, const char*>, 3> kIsaNames{
+    {{Isa::kScalar, "scalar"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}}};
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const auto& [isa, name] : kIsaNames) {
+        if (fewfire::is_supported(isa)) names.emplace_back(name);
+    }
+    return names;
+}
+
+std::string current_isa() { return kIsaNames[static_cast<std::size_t>(fewfire::current_isa())].second; }
+
+void set_isa(const std::string& wanted) {
+    for (const auto& [isa, name] : kIsaNames) {
+        if (wanted == name && fewfire::set_isa(isa)) return;
+    }
+    throw nb::value_error(("isa (" + wanted + ") is not one this build and this processor support").c_str());
+}
+
+void top_k_rows(std::uintptr_t scores, std::int64_t rows, std::int64_t columns, std::int64_t k, std::uintptr_t ids,
+                std::uintptr_t values) {
+    table().top_k_rows(pointer<const float>(scores), rows, columns, k, pointer<std::int64_t>(ids),
+                       pointer<float>(values));
+}
+
+std::int64_t group_by_expert(std::uintptr_t ids, std::uintptr_t kept, std::int64_t count, std::int64_t num_experts,
+                             std::uintptr_t order, std::uintptr_t offsets) {
+    return table().group_by_expert(pointer<const std::int64_t>(ids), pointer<const std::uint8_t>(kept), count,
+                                   num_experts, pointer<std::int64_t>(order), pointer<std::int64_t>(offsets));
+}
+
+void swiglu_forward(bool is_bf16, std::uintptr_t pre, std::uintptr_t weights, std::int64_t rows, std::int64_t width,
+                    std::uintptr_t hidden) {
+    const auto call = [&]<class Element>(auto* kernel, Element*) {
+        kernel(pointer<const Element>(pre), pointer<const float>(weights), rows, width, pointer<Element>(hidden));
+    };
+    if (is_bf16) return call(table().swiglu_forward_bf16, pointer<bf16>(0));
+    call(table().swiglu_forward_f32, pointer<float>(0));
+}
+
+void swiglu_backward(bool is_bf16, std::uintptr_t grad_hidden, std::uintptr_t pre, std::uintptr_t weights,
+                     std::int64_t rows, std::int64_t width, std::uintptr_t grad_pre, std::uintptr_t hidden,
+                     std::uintptr_t grad_weights) {
+    const auto call = [&]<class Element>(auto* kernel, Element*) {
+        kernel(pointer<const Element>(grad_hidden), pointer<const Element>(pre), pointer<const float>(weights), rows,
+               width, pointer<Element>(grad_pre), pointer<Element>(hidden), pointer<float>(grad_weights));
+    };
+    if (is_bf16) return call(table().swiglu_backward_bf16, pointer<bf16>(0));
+    call(table().swiglu_backward_f32, pointer<float>(0));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    const auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+    m.def("supported_isas", &supported_isas);
+    m.def("current_isa", &current_isa);
+    m.def("set_isa", &set_isa, "name"_a);
+    m.def("top_k_rows", &top_k_rows, unlocked);
+    m.def("group_by_expert", &group_by_expert, unlocked);
+    m.def("swiglu_forward", &swiglu_forward, unlocked);
+    m.def("swiglu_backward", &swiglu_backward, unlocked);
+}

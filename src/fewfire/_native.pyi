@@ -1,0 +1,25 @@
+"""The compiled kernels. Called by `fewfire.kernels` (and runtime's banks) only; contracts in native/include/dispatch.hpp.
+
+Arrays are addresses of contiguous memory that the caller keeps alive; sizes are in elements; 0 is null.
+"""
+
+def supported_isas() -> list[str]: ...
+def current_isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def top_k_rows(scores: int, rows: int, columns: int, k: int, ids: int, values: int, /) -> None: ...
+def group_by_expert(
+    ids: int, kept: int, count: int, num_experts: int, order: int, offsets: int, /
+) -> int: ...
+def swiglu_forward(is_bf16: bool, pre: int, weights: int, rows: int, width: int, hidden: int, /) -> None: ...
+def swiglu_backward(
+    is_bf16: bool,
+    grad_hidden: int,
+    pre: int,
+    weights: int,
+    rows: int,
+    width: int,
+    grad_pre: int,
+    hidden: int,
+    grad_weights: int,
+    /,
+) -> None: ...
