@@ -1,0 +1,1 @@
+"""Model files in and out: hub checkpoints, GGUF, downloads; every write is atomic. Knows tensors, not how they run."""
