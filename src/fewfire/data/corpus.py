@@ -21,9 +21,9 @@ PARQUET_SUFFIXES = (".parquet",)
 CUT_CHARACTERS = 16384
 _READ_BYTES = 1 << 20
 
-# Folders of the standard library that hold tests, fixtures or tables rather than code and prose.
+# Folders of the standard library that hold tests or generated character tables rather than code and prose.
 _LIBRARY_SKIPPED = frozenset({
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__", "__phello__",
+    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "__phello__",
 })
 
 
@@ -46,8 +46,8 @@ def read_documents(
     A .jsonl line is a document (`field`), a Parquet row is one (column `field`), any other file is one.
     `suffixes` chooses the files of folders (default: common text suffixes, JSONL, Parquet). `cut_characters`: text
     files are cut into documents of about that length at blank lines; `auto` does so only where one text file is the
-    whole corpus and no split could be made otherwise (about 64 documents, or of 16384 characters); None never. Empty texts are passed over. Bytes that
-    are no UTF-8 become U+FFFD, with one warning at the end that counts the files.
+    whole corpus and no split could be made otherwise (about 64 documents, or of 16384 characters); None never.
+    Empty texts are passed over. Bytes that are no UTF-8 become U+FFFD; one warning at the end counts the files.
 
     Raises: ConfigError for a missing path, a field that is not there, no document at all; FormatError for a JSONL
     line that is no JSON object with a text, a broken Parquet file, a binary file.
@@ -114,7 +114,7 @@ def corpus_fingerprint(
 def python_library_documents() -> Iterator[Document]:
     """This Python's own standard library: one document a source file, sorted by path. The text every machine has.
 
-    Left out: installed packages, tests, lib2to3, the generated tables of `encodings`, and build configuration.
+    Left out: installed packages, tests, the generated tables of `encodings`, and build configuration.
     """
     root = Path(sysconfig.get_path("stdlib"))
     num_documents = 0
@@ -219,7 +219,8 @@ def _line_text(line: bytes, file: Path, number: int, offset: int, field: str) ->
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise FormatError(f"is not JSON ({error.msg}); one object a line", offset=offset + error.pos, **where) from error
+        message = f"is not JSON ({error.msg}); one object a line"
+        raise FormatError(message, offset=offset + error.pos, **where) from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise FormatError("is not JSON in UTF-8; one object a line", offset=offset, **where) from error
     if not isinstance(value, dict):

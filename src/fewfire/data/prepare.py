@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -44,7 +45,7 @@ def write_shards(
     if found is not None:
         return found
     with _Target(folder) as target:
-        writer = _Writer(target.temporary, tokenizer, shard_tokens)
+        writer = _Writer(target, target.temporary, tokenizer, shard_tokens)
         for batch in _batches(documents):
             writer.add(batch)
         writer.close(fingerprint)
@@ -75,7 +76,7 @@ def write_split(
         return found[0], found[1]
     with _Target(folder) as target:
         sides: tuple[Side, Side] = ("train", "held_out")
-        writers = {side: _Writer(target.temporary / side, tokenizer, shard_tokens) for side in sides}
+        writers = {side: _Writer(target, target.temporary / side, tokenizer, shard_tokens) for side in sides}
         for batch in _batches(documents):
             for side, writer in writers.items():
                 writer.add([doc for doc in batch if side_of(doc, fraction=held_out, seed=seed) == side])
@@ -123,6 +124,12 @@ class _Target:
     def __init__(self, folder: Path):
         self.folder = folder
         self.temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+        self._opened: list[BinaryIO] = []
+
+    def open(self, path: Path) -> BinaryIO:
+        """A new file, closed with the target if not before."""
+        self._opened.append(open(path, "wb"))
+        return self._opened[-1]
 
     def __enter__(self) -> _Target:
         try:
@@ -136,6 +143,9 @@ class _Target:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        for stream in self._opened:
+            with contextlib.suppress(OSError):  # of a failed write, already on its way up
+                stream.close()
         try:
             if error is None:
                 if self.folder.exists():
@@ -175,9 +185,9 @@ def _sync(path: Path) -> None:
 class _File:
     """A file written once, front to back, with the checksum of each mebibyte."""
 
-    def __init__(self, path: Path):
+    def __init__(self, target: _Target, path: Path):
         self.path, self.num_bytes = path, 0
-        self._stream: BinaryIO = open(path, "wb")  # closed by close()
+        self._stream = target.open(path)
         self._checksums: list[int] = []
         self._pending = b""
 
@@ -203,15 +213,16 @@ class _File:
 class _Writer:
     """Appends encoded documents to a folder of shards; `close` writes the index."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int):
+    def __init__(self, target: _Target, folder: Path, tokenizer: Tokenizer, shard_tokens: int):
         if tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer names no eos_token, which documents end with; add it to its config")
         folder.mkdir(exist_ok=True)
-        self._folder, self._tokenizer, self._shard_tokens = folder, tokenizer, shard_tokens
+        self._target, self._folder = target, folder
+        self._tokenizer, self._shard_tokens = tokenizer, shard_tokens
         self._eos = tokenizer.eos_token_id
         self._dtype = native_dtype(tokenizer.vocab_size)
-        self._documents = _File(folder / "documents.bin")
-        self._shard = _File(folder / "tokens-00000.bin")
+        self._documents = _File(target, folder / "documents.bin")
+        self._shard = _File(target, folder / "tokens-00000.bin")
         self._files: list[ShardFile] = []
         self.num_tokens = self.num_documents = self.text_bytes = 0
 
@@ -227,7 +238,7 @@ class _Writer:
                 room = self._shard_tokens * width - self._shard.num_bytes
                 if room == 0:
                     self._files.append(self._shard.close())
-                    self._shard = _File(self._folder / f"tokens-{len(self._files):05d}.bin")
+                    self._shard = _File(self._target, self._folder / f"tokens-{len(self._files):05d}.bin")
                     continue
                 self._shard.write(tokens[:room])
                 tokens = tokens[room:]
@@ -242,7 +253,7 @@ class _Writer:
             self._dtype, self._tokenizer.vocab_size, self._eos, self.num_tokens, self.num_documents, self.text_bytes,
             self._tokenizer.fingerprint, fingerprint, files,
         )
-        file = _File(self._folder / "index.json")
+        file = _File(self._target, self._folder / "index.json")
         file.write(json.dumps(index.to_json()).encode())
         file.close()
         _sync(self._folder)

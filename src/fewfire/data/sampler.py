@@ -86,7 +86,7 @@ class Batches:
         own = self.state_dict()
         missing = [key for key in own if key not in state]
         if missing:
-            raise ConfigError(f"the saved data position lacks {', '.join(missing)}; start anew or restore the checkpoint")
+            raise ConfigError(f"the saved data position lacks {', '.join(missing)}; restore the checkpoint")
         for key in ("seed", "seq_len", "num_tokens", "checksum"):
             if state[key] != own[key]:
                 raise ConfigError(

@@ -75,9 +75,10 @@ class ShardIndex:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError("is malformed; prepare the corpus again", path=str(path), record="files") from error
-        index = cls(**{key: value[key] for key in _INDEX_KEYS if key not in ("format", "version", "files")}, files=files)
-        token_bytes = sum(file.num_bytes for file in files[:-1])
-        if token_bytes != index.num_tokens * index.token_bytes or files[-1].num_bytes != index.num_documents * 16:
+        plain = {key: value[key] for key in _INDEX_KEYS if key not in ("format", "version", "files")}
+        index = cls(**plain, files=files)
+        sizes = [file.num_bytes for file in files] or [0]
+        if [sum(sizes[:-1]), sizes[-1]] != [index.num_tokens * index.token_bytes, index.num_documents * 16]:
             raise FormatError("disagree with the sizes of the files; prepare again", path=str(path), record="counts")
         return index
 
