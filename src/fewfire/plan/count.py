@@ -20,9 +20,8 @@ from fewfire.config import (
     MambaConfig,
     Mixer,
     ModelConfig,
-    MoEConfig,
 )
-from fewfire.plan.shapes import TensorSpec, distinct_layers, layer_tensors, outer_tensors
+from fewfire.plan.shapes import count_layers, distinct_layers, layer_tensors, outer_tensors
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,15 @@ class Counts:
     by_class: dict[str, int] = field(compare=False)
 
 
-def active_size(spec: TensorSpec, layer: LayerConfig | None) -> int:
-    """How many of a tensor's elements one token meets: `top_k` of the experts, all of anything else."""
-    if spec.kind == "experts" and layer is not None and isinstance(layer.ffn, MoEConfig):
-        router = layer.ffn.router
-        return spec.size // router.num_experts * router.top_k
-    return spec.size
-
-
 def count(config: ModelConfig) -> Counts:
     """All counts of `config`, exact to the integer. Source: notes of `plan.shapes`; each family's published shapes."""
     by_class: dict[str, int] = {}
     active_experts = 0
     for layer, copies in distinct_layers(config):
-        for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
+        for spec in layer_tensors(layer, config):
             by_class[spec.kind] = by_class.get(spec.kind, 0) + spec.size * copies
             if spec.kind == "experts":
-                active_experts += active_size(spec, layer) * copies
+                active_experts += spec.active * copies
     for spec in outer_tensors(config):
         by_class[spec.kind] = by_class.get(spec.kind, 0) + spec.size
     total, experts = sum(by_class.values()), by_class.get("experts", 0)
@@ -129,11 +120,11 @@ def mixer_flops(mixer: Mixer | None, context: int, *, absorbed: bool = True) -> 
 def _layer_matmul(config: ModelConfig, layer: LayerConfig, *, skip_cross_kv: bool) -> tuple[int, int]:
     """(parameters multiplied with a token, the router's part of them). Cross keys and values are made once an input."""
     matmul = router = 0
-    for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
-        if not spec.matmul or (skip_cross_kv and spec.name in ("cross.k.weight", "cross.v.weight")):
+    for spec in layer_tensors(layer, config):
+        if skip_cross_kv and spec.name in ("cross.k.weight", "cross.v.weight"):
             continue
-        matmul += active_size(spec, layer)
-        router += spec.size if spec.kind == "router" else 0
+        matmul += spec.matmul
+        router += spec.matmul if spec.kind == "router" else 0
     return matmul, router
 
 
@@ -144,14 +135,11 @@ def decode_flops(config: ModelConfig, context: int) -> Flops:
     cross-attention reads an input of `context` tokens too.
     """
     matmul = router = attention = 0
-    counted: dict[LayerConfig, int] = {}
-    for layer in config.layers:
-        counted[layer] = counted.get(layer, 0) + 1
-    for layer, copies in counted.items():
+    for layer, copies in count_layers(config.layers).items():
         layer_matmul, layer_router = _layer_matmul(config, layer, skip_cross_kv=True)
         matmul, router = matmul + layer_matmul * copies, router + layer_router * copies
         attention += (mixer_flops(layer.mixer, context) + mixer_flops(layer.cross, context)) * copies
-    matmul += sum(spec.size for spec in outer_tensors(config) if spec.matmul)
+    matmul += sum(spec.matmul for spec in outer_tensors(config))
     return Flops(matmul=2 * matmul, attention=attention, router=2 * router)
 
 
@@ -163,12 +151,9 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
     half = (num_tokens + 1) // 2
     layers = config.encoder or config.layers
     per_token = 0
-    counted: dict[LayerConfig, int] = {}
-    for layer in layers:
-        counted[layer] = counted.get(layer, 0) + 1
-    for layer, copies in counted.items():
+    for layer, copies in count_layers(layers).items():
         matmul, _ = _layer_matmul(config, layer, skip_cross_kv=False)
         seen = num_tokens if config.encoder else half
         per_token += (2 * matmul + mixer_flops(layer.mixer, seen, absorbed=False)) * copies
-    head = sum(spec.size for spec in outer_tensors(config) if spec.matmul)
+    head = sum(spec.matmul for spec in outer_tensors(config))
     return per_token * num_tokens + 2 * head

@@ -13,7 +13,6 @@ from fewfire.config import (
     AttentionConfig,
     DeltaNetConfig,
     LatentAttentionConfig,
-    LayerConfig,
     LightningConfig,
     LstmConfig,
     MambaConfig,
@@ -23,7 +22,7 @@ from fewfire.config import (
 )
 from fewfire.errors import ConfigError
 from fewfire.plan.count import visible_tokens
-from fewfire.plan.shapes import TensorSpec, distinct_layers, layer_tensors, outer_tensors
+from fewfire.plan.shapes import TensorSpec, count_layers, distinct_layers, layer_tensors, outer_tensors
 
 # name -> (elements a block, bytes a block). q4 and q8: groups of 32 with one 16-bit scale. mxfp4: 32 e2m1 values
 # and one 8-bit exponent. GGUF's blocks as ggml defines them.
@@ -164,7 +163,7 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     active_experts = per_expert = 0
     for layer, copies in distinct_layers(config):
         layer_experts = 0
-        for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
+        for spec in layer_tensors(layer, config):
             size = tensor_bytes(spec, formats)
             by_class[spec.kind] = by_class.get(spec.kind, 0) + size * copies
             layer_experts += size if spec.kind == "experts" else 0
@@ -225,13 +224,6 @@ def _mixer_cache(mixer: Mixer | None, context: int, element_bytes: int) -> tuple
             return 0, 0, 0, 0, 0
 
 
-def _decoder_layers(config: ModelConfig) -> dict[LayerConfig, int]:
-    layers: dict[LayerConfig, int] = {}
-    for layer in config.layers:
-        layers[layer] = layers.get(layer, 0) + 1
-    return layers
-
-
 def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> CacheBytes:
     """The cache of one sequence of `context` tokens, keys and values in `element_bytes` (2: bf16), state in float32.
 
@@ -240,7 +232,7 @@ def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) ->
     """
     sums = [0, 0, 0, 0, 0]
     cross = 0
-    for layer, copies in _decoder_layers(config).items():
+    for layer, copies in count_layers(config.layers).items():
         parts = _mixer_cache(layer.mixer, context, element_bytes)
         sums = [total + part * copies for total, part in zip(sums, parts, strict=True)]
         if layer.cross is not None:
@@ -253,7 +245,7 @@ def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) ->
 def cache_read_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> int:
     """Bytes of cache that one decode step of one sequence reads: a sparse indexer reads its keys and `top_k` latents."""
     total = 0
-    for layer, copies in _decoder_layers(config).items():
+    for layer, copies in count_layers(config.layers).items():
         per_token, index, windowed, state, conv = _mixer_cache(layer.mixer, context, element_bytes)
         attended = context
         if isinstance(layer.mixer, LatentAttentionConfig) and layer.mixer.indexer is not None:
@@ -283,7 +275,7 @@ def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Scratch of one step over `num_tokens` tokens, float32: residual, widest projections, and one row of logits each."""
     widest = config.model_dim
     for layer, _ in distinct_layers(config):
-        for spec in layer_tensors(layer, config.model_dim, config.norm, config.sandwich):
+        for spec in layer_tensors(layer, config):
             if spec.matmul and spec.kind != "experts":
                 widest = max(widest, spec.shape[0])
         if isinstance(layer.ffn, MoEConfig):
