@@ -84,8 +84,11 @@ def test_jsonl_and_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message", "offset"),
     [
-        ("{nope}", "is not JSON", 17), ("[1]", "is no JSON object", 16), ('{"body": 1}', "no text under 'text'", 16),
-        ('{"text": 1}', "no text under 'text'", 16), ("[" * 100000, "is not JSON", None),
+        ("{nope}", "is not JSON", 17),
+        ("[1]", "is no JSON object", 16),
+        ('{"body": 1}', "no text under 'text'", 16),
+        ('{"text": 1}', "no text under 'text'", 16),
+        ("[" * 100000, "is not JSON", None),
     ],
 )
 def test_bad_jsonl_names_line_and_byte(tmp_path: Path, line: str, message: str, offset: int | None) -> None:
@@ -100,7 +103,9 @@ def test_bad_jsonl_names_line_and_byte(tmp_path: Path, line: str, message: str, 
 def test_missing_and_empty_corpora(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     for paths, message in (
-        ([], "no corpus path"), (tmp_path / "no", "no such file or folder"), (tmp_path / "empty.txt", "holds no text"),
+        ([], "no corpus path"),
+        (tmp_path / "no", "no such file or folder"),
+        (tmp_path / "empty.txt", "holds no text"),
     ):
         with pytest.raises(ConfigError, match=message):
             list(read_documents(paths))
@@ -191,13 +196,24 @@ def test_shards_hold_every_document(tokenizer: Tokenizer, tmp_path: Path, shards
     assert shards.read(499, 1001).tolist() == expected[499:1001]
     assert shards.text_bytes == sum(len(d.text.encode()) for d in docs) and shards.num_documents == 60
     assert [expected[i - 1] for i in shards.document_starts[1:]] == [tokenizer.eos_token_id] * 59
-    starts = shards.document_starts.tolist()
-    before = [sum(len(d.text.encode()) for d in docs[:i]) for i in range(60)]
-    assert [shards.bytes_before(i) for i in starts] == before
+    ends = [*shards.document_starts.tolist()[1:], shards.num_tokens]
+    until = [sum(len(d.text.encode()) for d in docs[: i + 1]) for i in range(60)]
+    assert [shards.count_bytes(0, end) for end in ends] == until
     with pytest.raises(IndexError):
         shards.read(0, shards.num_tokens + 1)
+    assert shards.index.exact_bytes
     whole = write_shards(docs, tokenizer, tmp_path / "whole")
     assert whole.read(0, whole.num_tokens).tolist() == expected
+
+
+def test_bytes_where_pieces_do_not_add_up(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    lossy = Tokenizer.from_json(json.dumps(tokenizer.definition | {"normalizer": {"type": "NFC"}}), tokenizer.config)
+    docs = [Document(str(i), "e\u0301x" * (i + 1)) for i in range(20)]  # four bytes, of which NFC leaves three
+    shards = write_shards(docs, lossy, tmp_path / "shards")
+    assert not shards.index.exact_bytes and shards.text_bytes == 4 * 210
+    ends = [*shards.document_starts.tolist()[1:], shards.num_tokens]
+    assert [shards.count_bytes(0, end) for end in ends] == [2 * (i + 1) * (i + 2) for i in range(20)]
+    assert sum(window.num_bytes for window in evaluation_windows(shards, 7)) == shards.text_bytes
 
 
 def test_same_fingerprint_is_reused_and_another_replaces(tokenizer: Tokenizer, tmp_path: Path) -> None:

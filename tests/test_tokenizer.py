@@ -28,40 +28,82 @@ def tokenizer() -> Tokenizer:
 def pieces_tokenizer() -> Tokenizer:
     """A Llama-2-like vocabulary: low line blocks for spaces, byte fallback, a stripped first space."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "ab"]
-    return Tokenizer.from_json(json.dumps({
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": words[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for i in range(3)
-        ],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "\u2581"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        ]},
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
-            {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ]},
-        "model": {
-            "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-            "vocab": {word: i for i, word in enumerate(words)}, "merges": [["\u2581", "a"], ["a", "b"]],
-        },
-    }), {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True})
+    return Tokenizer.from_json(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [
+                    {
+                        "id": i,
+                        "content": words[i],
+                        "single_word": False,
+                        "lstrip": False,
+                        "rstrip": False,
+                        "normalized": False,
+                        "special": True,
+                    }
+                    for i in range(3)
+                ],
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Prepend", "prepend": "\u2581"},
+                        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+                    ],
+                },
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                        {"type": "ByteFallback"},
+                        {"type": "Fuse"},
+                        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                    ],
+                },
+                "model": {
+                    "type": "BPE",
+                    "unk_token": "<unk>",
+                    "fuse_unk": True,
+                    "byte_fallback": True,
+                    "vocab": {word: i for i, word in enumerate(words)},
+                    "merges": [["\u2581", "a"], ["a", "b"]],
+                },
+            }
+        ),
+        {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True},
+    )
 
 
 def unigram_tokenizer() -> Tokenizer:
     """T5-like: '</s>' is a piece with the best score of all, so plain text can become it."""
     vocabulary = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["\u2581", -2.0], *([c, -3.0] for c in "abs/>")]
-    return Tokenizer.from_json(json.dumps({
-        "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": vocabulary[i][0], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True} for i in range(3)
-        ],
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
-        "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": False},
-    }))
+    return Tokenizer.from_json(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [
+                    {
+                        "id": i,
+                        "content": vocabulary[i][0],
+                        "single_word": False,
+                        "lstrip": False,
+                        "rstrip": False,
+                        "normalized": False,
+                        "special": True,
+                    }
+                    for i in range(3)
+                ],
+                "pre_tokenizer": {
+                    "type": "Metaspace",
+                    "replacement": "\u2581",
+                    "prepend_scheme": "always",
+                    "split": True,
+                },
+                "decoder": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+                "model": {"type": "Unigram", "unk_id": 2, "vocab": vocabulary, "byte_fallback": False},
+            }
+        )
+    )
 
 
 @given(text=st.text())
@@ -108,10 +150,17 @@ def test_stream_never_breaks_a_character(tokenizer: Tokenizer) -> None:
 
 def test_opaque_decoder_streams_like_whole() -> None:
     definition = {
-        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                  "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "fire": 1, "##s": 2, ".": 3}},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {"[UNK]": 0, "fire": 1, "##s": 2, ".": 3},
+        },
     }
     tokenizer = Tokenizer.from_json(json.dumps(definition))
     ids = tokenizer.encode("fires . fire .")
@@ -131,10 +180,17 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer, text: str) -> No
 def test_markers_that_are_not_flagged_special_stay_text_too() -> None:
     definition = train_bpe(TEXTS, 300).definition
     for number, content in enumerate(["<\uff5cUser\uff5c>", "<think>", "    "]):
-        definition["added_tokens"].append({
-            "id": 300 + number, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
-            "normalized": False, "special": False,
-        })
+        definition["added_tokens"].append(
+            {
+                "id": 300 + number,
+                "content": content,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": False,
+            }
+        )
     tokenizer = Tokenizer.from_json(json.dumps(definition))
     user, think, spaces = (tokenizer.token_to_id(text) for text in ["<\uff5cUser\uff5c>", "<think>", "    "])
     assert not {user, think} & set(tokenizer.encode("<\uff5cUser\uff5c><think>"))
@@ -195,8 +251,20 @@ def test_saved_form_loads_in_transformers(tokenizer: Tokenizer, tmp_path) -> Non
     assert theirs.eos_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"model": 1}', b'{"added_tokens": [1], "model": {}}',
-                                     b'{"added_tokens": [{"id": 0}]}', b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"model": 1}',
+        b'{"added_tokens": [1], "model": {}}',
+        b'{"added_tokens": [{"id": 0}]}',
+        b"\xff\xfe",
+        b'{"model": {"type": "BPE"}}',
+    ],
+)
 def test_a_broken_file_is_a_format_error(tmp_path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(FormatError) as caught:

@@ -15,7 +15,19 @@ from fewfire.data.shards import TokenShards
 from fewfire.data.split import select, side_of
 
 __all__ = [
-    "Batches", "Document", "EvaluationBatch", "EvaluationWindow", "TokenShards", "corpus_files", "corpus_fingerprint",
-    "evaluation_batches", "evaluation_windows", "python_library_documents", "read_documents", "select", "side_of",
-    "write_shards", "write_split",
+    "Batches",
+    "Document",
+    "EvaluationBatch",
+    "EvaluationWindow",
+    "TokenShards",
+    "corpus_files",
+    "corpus_fingerprint",
+    "evaluation_batches",
+    "evaluation_windows",
+    "python_library_documents",
+    "read_documents",
+    "select",
+    "side_of",
+    "write_shards",
+    "write_split",
 ]

@@ -22,9 +22,18 @@ CUT_CHARACTERS = 16384
 _READ_BYTES = 1 << 20
 
 # Folders of the standard library that hold tests or generated character tables rather than code and prose.
-_LIBRARY_SKIPPED = frozenset({
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "__phello__",
-})
+_LIBRARY_SKIPPED = frozenset(
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+        "__pycache__",
+        "__phello__",
+    }
+)
 
 
 class Document(NamedTuple):

@@ -221,6 +221,10 @@ class _Writer:
         self._tokenizer, self._shard_tokens = tokenizer, shard_tokens
         self._eos = tokenizer.eos_token_id
         self._dtype = native_dtype(tokenizer.vocab_size)
+        lengths = [min(len(tokenizer.id_to_bytes(i)), 65535) for i in range(tokenizer.vocab_size)]
+        self._lengths = np.array(lengths, dtype="<u2")
+        self._lengths[self._eos] = 0
+        self._exact_bytes = True
         self._documents = _File(target, folder / "documents.bin")
         self._shard = _File(target, folder / "tokens-00000.bin")
         self._files: list[ShardFile] = []
@@ -233,7 +237,9 @@ class _Writer:
             num_bytes = len(document.text.encode("utf-8", "replace"))
             self._documents.write(np.array([self.num_tokens, num_bytes], dtype="<u8").tobytes())
             ids.append(self._eos)
-            tokens = np.array(ids, dtype=np.dtype(self._dtype).newbyteorder("<")).tobytes()
+            array = np.array(ids, dtype=np.dtype(self._dtype).newbyteorder("<"))
+            self._exact_bytes &= int(self._lengths[array].sum(dtype=np.int64)) == num_bytes
+            tokens = array.tobytes()
             while tokens:
                 room = self._shard_tokens * width - self._shard.num_bytes
                 if room == 0:
@@ -248,10 +254,20 @@ class _Writer:
 
     def close(self, fingerprint: str) -> None:
         """Sync all files and write index.json."""
-        files = (*self._files, self._shard.close(), self._documents.close())
+        lengths = _File(self._target, self._folder / "lengths.bin")
+        lengths.write(self._lengths.tobytes())
+        files = (*self._files, self._shard.close(), lengths.close(), self._documents.close())
         index = ShardIndex(
-            self._dtype, self._tokenizer.vocab_size, self._eos, self.num_tokens, self.num_documents, self.text_bytes,
-            self._tokenizer.fingerprint, fingerprint, files,
+            self._dtype,
+            self._tokenizer.vocab_size,
+            self._eos,
+            self.num_tokens,
+            self.num_documents,
+            self.text_bytes,
+            self._exact_bytes,
+            self._tokenizer.fingerprint,
+            fingerprint,
+            files,
         )
         file = _File(self._target, self._folder / "index.json")
         file.write(json.dumps(index.to_json()).encode())

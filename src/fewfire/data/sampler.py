@@ -74,8 +74,12 @@ class Batches:
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch starts. Plain numbers and text, the same on every rank."""
         return {
-            "epoch": self.epoch, "index": self.index, "seed": self.seed, "seq_len": self.seq_len,
-            "num_tokens": self.shards.num_tokens, "checksum": self.shards.checksum,
+            "epoch": self.epoch,
+            "index": self.index,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "num_tokens": self.shards.num_tokens,
+            "checksum": self.shards.checksum,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,7 +131,7 @@ def evaluation_windows(shards: TokenShards, seq_len: int) -> Iterator[Evaluation
         tokens = shards.read(max(start - 1, 0), stop)
         if start == 0:
             tokens = np.concatenate([[shards.eos_token_id], tokens])
-        yield EvaluationWindow(tokens, shards.bytes_before(stop) - shards.bytes_before(start))
+        yield EvaluationWindow(tokens, shards.count_bytes(start, stop))
 
 
 def evaluation_batches(shards: TokenShards, *, seq_len: int, batch_size: int) -> Iterator[EvaluationBatch]:

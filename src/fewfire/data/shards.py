@@ -1,7 +1,8 @@
 """Token shards: a corpus as token ids on disk, read through memory maps. Knows no order of training, no model.
 
-A folder holds `tokens-00000.bin`, ... (little-endian uint16 or uint32, every document followed by the end token),
-`documents.bin` (little-endian uint64 pairs: first token, bytes of text) and `index.json` (sizes and checksums).
+A folder holds `tokens-00000.bin`, ... (uint16 or uint32, every document followed by the end token),
+`lengths.bin` (uint16: bytes of text that each id stands for), `documents.bin` (uint64 pairs:
+first token, bytes of text) and `index.json` (sizes and checksums). All numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -22,8 +23,18 @@ from fewfire.tokenizer.files import read_json
 FORMAT, VERSION = "fewfire-shards", 1
 CHECK_BYTES = 1 << 20  # one CRC-32 for each run of this many bytes
 _INDEX_KEYS = {
-    "format": str, "version": int, "dtype": str, "vocab_size": int, "eos_token_id": int, "num_tokens": int,
-    "num_documents": int, "text_bytes": int, "tokenizer": str, "fingerprint": str, "files": list,
+    "format": str,
+    "version": int,
+    "dtype": str,
+    "vocab_size": int,
+    "eos_token_id": int,
+    "num_tokens": int,
+    "num_documents": int,
+    "text_bytes": int,
+    "exact_bytes": bool,
+    "tokenizer": str,
+    "fingerprint": str,
+    "files": list,
 }
 
 
@@ -38,7 +49,11 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What index.json says. `tokenizer` and `fingerprint` tell whether the shards still stand for their sources."""
+    """What index.json says. `tokenizer` and `fingerprint` tell whether the shards still stand for their sources.
+
+    `exact_bytes`: in every document the lengths of its tokens add up to the bytes of its text. `files`: the tokens'
+    files in order, then lengths.bin, then documents.bin.
+    """
 
     dtype: str
     vocab_size: int
@@ -46,6 +61,7 @@ class ShardIndex:
     num_tokens: int
     num_documents: int
     text_bytes: int
+    exact_bytes: bool
     tokenizer: str
     fingerprint: str
     files: tuple[ShardFile, ...]
@@ -77,8 +93,9 @@ class ShardIndex:
             raise FormatError("is malformed; prepare the corpus again", path=str(path), record="files") from error
         plain = {key: value[key] for key in _INDEX_KEYS if key not in ("format", "version", "files")}
         index = cls(**plain, files=files)
-        sizes = [file.num_bytes for file in files] or [0]
-        if [sum(sizes[:-1]), sizes[-1]] != [index.num_tokens * index.token_bytes, index.num_documents * 16]:
+        sizes = [0, 0, *(file.num_bytes for file in files)]
+        expected = [index.num_tokens * index.token_bytes, index.vocab_size * 2, index.num_documents * 16]
+        if [sum(sizes[:-2]), *sizes[-2:]] != expected or len(files) < 3:
             raise FormatError("disagree with the sizes of the files; prepare again", path=str(path), record="counts")
         return index
 
@@ -96,8 +113,9 @@ class TokenShards:
         self.num_tokens, self.num_documents = index.num_tokens, index.num_documents
         self.text_bytes, self.vocab_size, self.eos_token_id = index.text_bytes, index.vocab_size, index.eos_token_id
         dtype = np.dtype(index.dtype).newbyteorder("<")
-        self._maps: list[np.ndarray] = [_map(folder / file.name, dtype) for file in index.files[:-1]]
+        self._maps: list[np.ndarray] = [_map(folder / file.name, dtype) for file in index.files[:-2]]
         self._starts = np.cumsum([0, *(len(tokens) for tokens in self._maps)])
+        self._lengths = _map(folder / index.files[-2].name, np.dtype("<u2")).astype(np.int64)
         documents = _map(folder / index.files[-1].name, np.dtype("<u8")).reshape(-1, 2)
         self.document_starts = documents[:, 0].astype(np.int64)
         self._document_bytes = np.concatenate([[0], np.cumsum(documents[:, 1].astype(np.int64))])
@@ -134,8 +152,17 @@ class TokenShards:
             done, number = done + len(part), number + 1
         return out
 
-    def bytes_before(self, token: int) -> int:
-        """Bytes of text that the first `token` tokens stand for: exact where documents end, in proportion inside."""
+    def count_bytes(self, start: int, stop: int) -> int:
+        """Bytes of text that tokens [start, stop) stand for; they add up to `text_bytes`. End tokens stand for none.
+
+        Where a tokenizer's pieces do not add up to the text (`exact_bytes` False: it normalises, or adds spaces), a
+        part of a document counts in proportion to its tokens.
+        """
+        if self.index.exact_bytes:
+            return int(self._lengths[self.read(start, stop)].sum())
+        return self._bytes_before(stop) - self._bytes_before(start)
+
+    def _bytes_before(self, token: int) -> int:
         if token >= self.num_tokens:
             return self.text_bytes
         document = int(np.searchsorted(self.document_starts, token, side="right")) - 1
