@@ -48,7 +48,6 @@ class Cache:
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(num_layers)]
-        self.cross = [LayerCache() for _ in range(num_layers)]
         self.length = 0
         self.visible_BS: Tensor | None = None  # bool; None = every cached column is a real token
 
