@@ -10,7 +10,9 @@ def top_k_rows(scores: int, rows: int, columns: int, k: int, ids: int, values: i
 def group_by_expert(
     ids: int, kept: int, count: int, num_experts: int, order: int, offsets: int, /
 ) -> int: ...
-def swiglu_forward(is_bf16: bool, pre: int, weights: int, rows: int, width: int, hidden: int, /) -> None: ...
+def swiglu_forward(
+    is_bf16: bool, pre: int, weights: int, rows: int, width: int, hidden: int, num_threads: int, /
+) -> None: ...
 def swiglu_backward(
     is_bf16: bool,
     grad_hidden: int,
@@ -21,5 +23,6 @@ def swiglu_backward(
     grad_pre: int,
     hidden: int,
     grad_weights: int,
+    num_threads: int,
     /,
 ) -> None: ...

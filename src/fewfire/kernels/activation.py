@@ -29,7 +29,8 @@ def swiglu_forward(pre_RP: Tensor, weights_R: Tensor | None = None) -> Tensor:
     rows, width = pre.shape[0], pre.shape[1] // 2
     hidden_RF = pre.new_empty((rows, width))
     is_bf16 = pre.dtype == torch.bfloat16
-    module.swiglu_forward(is_bf16, pre.data_ptr(), _address(weights), rows, width, hidden_RF.data_ptr())
+    addresses = pre.data_ptr(), _address(weights), rows, width, hidden_RF.data_ptr()
+    module.swiglu_forward(is_bf16, *addresses, torch.get_num_threads())
     return hidden_RF
 
 
@@ -57,7 +58,7 @@ def swiglu_backward(
     grad_weights_R = None if weights is None else torch.empty_like(weights)
     inputs = grad.data_ptr(), pre.data_ptr(), _address(weights)
     outputs = grad_pre_RP.data_ptr(), hidden_RF.data_ptr(), _address(grad_weights_R)
-    module.swiglu_backward(pre.dtype == torch.bfloat16, *inputs, rows, width, *outputs)
+    module.swiglu_backward(pre.dtype == torch.bfloat16, *inputs, rows, width, *outputs, torch.get_num_threads())
     return grad_pre_RP, hidden_RF, grad_weights_R
 
 

@@ -114,7 +114,7 @@ class GroupedExperts(torch.autograd.Function):
         into = _stack_in(gate, up, dtype)
         pre_AP = x_AD.new_empty((x_AD.shape[0], into.shape[1]))
         _products(x_AD, into, bounds, out=pre_AP, transpose=True)
-        hidden_AF = _activate(pre_AP, config) * weights_A[:, None].to(dtype)
+        hidden_AF = _weighted_hidden(pre_AP, weights_A, config)
         y_AD = torch.empty_like(x_AD)
         down_cast = down.to(dtype)
         _products(hidden_AF, down_cast, bounds, out=y_AD, transpose=True)
@@ -130,13 +130,8 @@ class GroupedExperts(torch.autograd.Function):
         dy_AD = dy_TD.to(dtype)[token_A]
         dscaled_AF = dy_AD.new_empty((dy_AD.shape[0], down.shape[2]))
         _products(dy_AD, down, bounds, out=dscaled_AF, transpose=False)
-        with torch.enable_grad():
-            leaf = pre_AP.detach().requires_grad_()
-            hidden_AF = _activate(leaf, ctx.config)
-        weights = weights_A[:, None].to(dtype)
-        dweights_A = (dscaled_AF * hidden_AF.detach()).sum(dim=-1, dtype=torch.float32).to(weights_A.dtype)
-        (dpre_AP,) = torch.autograd.grad(hidden_AF, leaf, dscaled_AF * weights)
-        ddown = _outer_products(dy_AD, hidden_AF.detach() * weights, bounds, ctx.dtypes[2])
+        dpre_AP, hidden_AF, dweights_A = _weighted_hidden_backward(dscaled_AF, pre_AP, weights_A, ctx.config)
+        ddown = _outer_products(dy_AD, hidden_AF, bounds, ctx.dtypes[2])
         dinto = _outer_products(dpre_AP, x_AD, bounds, ctx.dtypes[1])
         dx_AD = torch.empty_like(x_AD)
         _products(dpre_AP, into, bounds, out=dx_AD, transpose=False)
@@ -155,6 +150,33 @@ def _stack_in(gate: Tensor | None, up: Tensor, dtype: torch.dtype) -> Tensor:
     stacked[:, :width] = gate
     stacked[:, width:] = up
     return stacked
+
+
+def _is_swiglu(config: FeedForwardConfig) -> bool:
+    return config.gated and config.activation == "silu"
+
+
+def _weighted_hidden(pre_AP: Tensor, weights_A: Tensor, config: FeedForwardConfig) -> Tensor:
+    """weight * act(pre): (A, F) in the dtype of `pre_AP`."""
+    if _is_swiglu(config):
+        return kernels.swiglu_forward(pre_AP, weights_A)
+    return _activate(pre_AP, config) * weights_A[:, None].to(pre_AP.dtype)
+
+
+def _weighted_hidden_backward(
+    grad_AF: Tensor, pre_AP: Tensor, weights_A: Tensor, config: FeedForwardConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient by pre, the weighted hidden state again, gradient by the weights)."""
+    if _is_swiglu(config):
+        return kernels.swiglu_backward(grad_AF, pre_AP, weights_A)  # type: ignore[return-value]
+    weights_A1 = weights_A[:, None].to(pre_AP.dtype)
+    with torch.enable_grad():
+        leaf = pre_AP.detach().requires_grad_()
+        hidden_AF = _activate(leaf, config)
+    (dpre_AP,) = torch.autograd.grad(hidden_AF, leaf, grad_AF * weights_A1)
+    hidden_AF = hidden_AF.detach()
+    dweights_A = (grad_AF * hidden_AF).sum(dim=-1, dtype=torch.float32).to(weights_A.dtype)
+    return dpre_AP, hidden_AF * weights_A1, dweights_A
 
 
 def _activate(pre_AP: Tensor, config: FeedForwardConfig) -> Tensor:

@@ -1,0 +1,101 @@
+"""From the few dials of `[model]` to a whole `ModelConfig` that its hub family can express."""
+
+from __future__ import annotations
+
+from fewfire.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+    RouterConfig,
+)
+from fewfire.errors import ConfigError
+from fewfire.train.settings import BalanceSettings, ModelSettings
+
+# family -> (q/k norm, rope share of a head, router: score, renormalize, has a selection bias)
+_FAMILIES = {
+    "llama": (None, 1.0, None),
+    "mixtral": (None, 1.0, ("softmax", True, False)),
+    "qwen3_moe": ("head", 1.0, ("softmax", True, False)),
+    "olmoe": ("full", 1.0, ("softmax", False, False)),
+    "glm4_moe": ("head", 0.5, ("sigmoid", True, True)),
+}
+
+
+def build_config(
+    settings: ModelSettings, balance: BalanceSettings, *, vocab_size: int, seq_len: int, eos_token_id: int | None
+) -> ModelConfig:
+    """The model to train. Raises ConfigError where the family has no such part (an expert in llama, a shared
+    expert in mixtral, a selection bias in qwen3_moe)."""
+    qk_norm, rope_share, router_rule = _FAMILIES[settings.family]
+    _check_family(settings, balance)
+    rope = RopeConfig(settings.rope_theta, int(settings.head_dim * rope_share))
+    attention = AttentionConfig(
+        settings.num_heads, settings.num_kv_heads, settings.head_dim, settings.head_dim**-0.5, rope, qk_norm=qk_norm
+    )
+    dense = LayerConfig(attention, FeedForwardConfig(settings.dense_dim, "silu", True))
+    if settings.num_experts == 0:
+        layers = (dense,) * settings.num_layers
+    else:
+        assert router_rule is not None
+        score, renormalize, select_bias = router_rule
+        router = RouterConfig(
+            settings.num_experts,
+            settings.top_k,
+            score,
+            renormalize=renormalize,
+            scale=settings.router_scale,
+            select_bias=select_bias,
+            renormalize_eps=1e-20 if score == "sigmoid" else 0.0,
+        )
+        expert = FeedForwardConfig(settings.expert_dim, "silu", True)
+        shared = FeedForwardConfig(settings.shared_dim, "silu", True) if settings.shared_dim else None
+        moe = LayerConfig(attention, MoEConfig(router, expert, shared))
+        layers = (dense,) * settings.num_dense_layers + (moe,) * (settings.num_layers - settings.num_dense_layers)
+    return ModelConfig(
+        family=settings.family,
+        vocab_size=vocab_size,
+        model_dim=settings.model_dim,
+        layers=layers,
+        norm=NormConfig("rms", settings.norm_eps),
+        tied_head=settings.tied_head,
+        max_context=settings.max_context or seq_len,
+        eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+    )
+
+
+def _check_family(settings: ModelSettings, balance: BalanceSettings) -> None:
+    family, is_moe = settings.family, settings.num_experts > 0
+    problems = [
+        (is_moe and family == "llama", "model.num_experts: llama has no experts; set it to 0 or choose qwen3_moe"),
+        (
+            not is_moe and family != "llama",
+            f"model.num_experts is 0, but {family} has experts; set family = \"llama\" for a dense model",
+        ),
+        (
+            settings.shared_dim > 0 and family != "glm4_moe",
+            f"model.shared_dim ({settings.shared_dim}): {family} has no shared expert; set it to 0 or use glm4_moe",
+        ),
+        (
+            settings.num_dense_layers > 0 and family not in ("glm4_moe", "qwen3_moe"),
+            f"model.num_dense_layers: every layer of {family} is of one kind; set it to 0 or use qwen3_moe",
+        ),
+        (
+            settings.num_dense_layers >= settings.num_layers and is_moe,
+            f"model.num_dense_layers ({settings.num_dense_layers}) leaves no MoE layer of {settings.num_layers}",
+        ),
+        (
+            is_moe and balance.method == "bias" and family != "glm4_moe",
+            f"balance.method = \"bias\" needs a selection bias, which {family} has not; use glm4_moe, or method = \"loss\"",
+        ),
+        (
+            settings.router_scale != 1.0 and family != "glm4_moe",
+            f"model.router_scale ({settings.router_scale}): {family} has none; set it to 1.0 or use glm4_moe",
+        ),
+    ]
+    for wrong, message in problems:
+        if wrong:
+            raise ConfigError(message)
