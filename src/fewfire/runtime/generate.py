@@ -10,20 +10,21 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from fewfire.config import ModelConfig, check
 from fewfire.model.cache import Cache
+from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.moe import Observer
 from fewfire.routing import Routing
 from fewfire.runtime.sampling import Sampler, Sampling
 
 
-class CausalModel(Protocol):
-    """What can be generated from: `model.decoder.Decoder`, or what runs in its place."""
+class LanguageModel(Protocol):
+    """What can be generated from: the modules of `model/`, or what runs in their place."""
 
     config: ModelConfig
 
@@ -80,13 +81,14 @@ class Generation(Iterator[int]):
     """The new tokens of one text, one at a time; `measured` is up to date between them.
 
     Ends after `limits.max_tokens`, at the context's end, or after a token of `eos_ids`, which is given out too.
+    An encoder-decoder reads the prompt with its encoder; the new tokens are the decoder's.
     Nothing runs before the first `next`. Time that the caller takes between tokens is not counted.
     Raises: ConfigError on an empty prompt, an id outside the vocabulary, or more tokens than the context holds.
     """
 
     def __init__(
         self,
-        model: CausalModel,
+        model: LanguageModel,
         prompt_ids: Sequence[int],
         *,
         sampling: Sampling | None = None,
@@ -99,7 +101,9 @@ class Generation(Iterator[int]):
         self.sampler = Sampler(sampling or Sampling(), prompt_ids)
         self.measured = Measured(len(prompt_ids))
         self._cache = model.new_cache()
-        self._pending = list(prompt_ids)  # what the next step reads
+        self._prompt_ids = list(prompt_ids)
+        self._pending = self._prompt_ids  # what the next step reads
+        self._memory: dict[str, Any] = {}  # what the decoder is given besides, of an encoder-decoder
 
     def __next__(self) -> int:
         measured = self.measured
@@ -110,6 +114,8 @@ class Generation(Iterator[int]):
         if measured.finish_reason is not None:
             raise StopIteration
         start = time.perf_counter()
+        if measured.new_tokens == 0 and isinstance(self.model, EncoderDecoder):
+            self._encode(self.model)
         token = self.sampler.choose(self._step())
         seconds = time.perf_counter() - start
         if measured.new_tokens == 0:
@@ -128,11 +134,19 @@ class Generation(Iterator[int]):
         self.measured.finish_reason = self.measured.finish_reason or "stop"
 
     @torch.inference_mode()
+    def _encode(self, model: EncoderDecoder) -> None:
+        start = model.config.decoder_start_token_id
+        check(start is not None, "config.json names no decoder_start_token_id; add it")
+        assert start is not None
+        self._memory = {"memory": model.encode(torch.tensor([self._prompt_ids]), observe=self._count)}
+        self._pending = [start]
+
+    @torch.inference_mode()
     def _step(self) -> Tensor:
         """Logits (V,) after the pending tokens, which are read in chunks."""
         ids_1T = torch.tensor([self._pending], dtype=torch.int64)
         for chunk_1T in ids_1T.split(self.limits.prefill_chunk or ids_1T.shape[1], dim=1):
-            hidden_1TD = self.model.hidden(chunk_1T, self._cache, observe=self._count)
+            hidden_1TD = self.model.hidden(chunk_1T, self._cache, observe=self._count, **self._memory)
         return self.model.logits(hidden_1TD[:, -1])[0]
 
     def _count(self, layer: int, routing: Routing) -> None:

@@ -1,0 +1,321 @@
+"""What users call: `load` a model by path or name, then generate text, stream it, or read its logits.
+
+Composes what lies below; the command line and the server call only this. Owns text: prompts, stop strings, pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewfire.checkpoints.atomic import refuse_occupied
+from fewfire.checkpoints.hub import read_eos_ids, save_hub
+from fewfire.config import ModelConfig, check
+from fewfire.errors import ConfigError
+from fewfire.model.encoder_decoder import EncoderDecoder
+from fewfire.plan import plan
+from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
+from fewfire.runtime.load import load_module
+from fewfire.runtime.sampling import Sampling
+from fewfire.tokenizer import StreamDecoder, Tokenizer
+
+__all__ = ["Experts", "Exported", "Generated", "Model", "Stream", "export", "load", "locate", "plan"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where routed experts were found: `hits` in memory, `misses` on disk. Resident models hit always."""
+
+    budget_bytes: int
+    hits: int
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        calls = self.hits + self.misses
+        return self.hits / calls if calls else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"hit_rate": self.hit_rate}
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One generated text. `token_ids` are all tokens the model gave, an end token and those of a stop string included;
+    `text` ends before either. `finish_reason`: `stop`, `length` (max_tokens) or `context`."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    prefill_tokens_per_s: float | None
+    decode_tokens_per_s: float | None
+    finish_reason: str | None
+    seed: int
+    peak_rss_bytes: int
+    experts: Experts
+    invariant: bool = False
+    invariant_reason: str | None = "torch does the arithmetic: results depend on how tokens are batched"
+
+
+class Model:
+    """A loaded model. `config`, `tokenizer` (None where the checkpoint has none), `module`, `eos_ids`.
+
+    Threads: one generation at a time for each Model; several Models do not disturb one another.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos_ids: Sequence[int] | None = None,
+        folder: Path | None = None,
+    ):
+        self.module, self.tokenizer, self.folder = module, tokenizer, folder
+        config = module.config
+        assert isinstance(config, ModelConfig)
+        self.config = config
+        self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
+        self.expert_bytes = sum(
+            values.numel() * values.element_size() for name, values in module.named_parameters() if ".experts." in name
+        )
+
+    def encode(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids of a prompt; a text gets what the tokenizer puts around texts. Ids are returned as they are.
+
+        Raises: ConfigError for a text where there is no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return [int(each) for each in prompt]
+        return self._text_side().encode(prompt, add_special=True)
+
+    def _text_side(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer; give token ids, or put its tokenizer.json into its folder")
+        return self.tokenizer
+
+    def stream(
+        self, prompt: str | Sequence[int], *, stop: str | Sequence[str] = (), max_tokens: int = 256, **options: Any
+    ) -> Stream:
+        """The new text in pieces, as it is generated; joined they are `generate`'s text.
+
+        `stop`: strings that end the text and are not part of it. Options: `context`, `prefill_chunk` and the fields
+        of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty, seed). `Stream.result()` has the rest.
+        Raises: ConfigError for options that make no sense, or a prompt longer than the context.
+        """
+        limits = {key: options.pop(key) for key in ("context", "prefill_chunk") if key in options}
+        unknown = sorted(options.keys() - Sampling.__dataclass_fields__.keys())
+        known = ["stop", "max_tokens", "context", "prefill_chunk", *Sampling.__dataclass_fields__]
+        check(not unknown, f"option {', '.join(unknown)} is not known; expected one of {', '.join(known)}")
+        generation = Generation(
+            self.module,  # type: ignore[arg-type]
+            self.encode(prompt),
+            sampling=Sampling(**options),
+            limits=Limits(max_tokens, **limits),
+            eos_ids=self.eos_ids,
+        )
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        check(all(stops), "a stop string is empty; leave it out")
+        check(not stops or self.tokenizer is not None, "stop strings need a tokenizer; this model has none")
+        return Stream(self, generation, stops)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generated:
+        """`stream` to its end. The same options."""
+        stream = self.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.result()
+
+    @torch.inference_mode()
+    def logits(self, ids_BT: Any, decoder_ids_BT: Any = None) -> Tensor:
+        """Float32 (B, T, V) of token ids (nested lists or a tensor) without padding, no cache involved.
+
+        An encoder-decoder reads `ids_BT` and gives logits of `decoder_ids_BT`.
+        Raises: ConfigError for ids of another shape or outside the vocabulary.
+        """
+        ids_BT = self._checked_ids(ids_BT, "ids_BT")
+        encodes = isinstance(self.module, EncoderDecoder)
+        check(
+            encodes == (decoder_ids_BT is not None),
+            "an encoder-decoder needs decoder_ids_BT" if encodes else "decoder_ids_BT is for an encoder-decoder only",
+        )
+        if decoder_ids_BT is None:
+            return self.module(ids_BT)
+        assert isinstance(self.module, EncoderDecoder)
+        return self.module.teacher_forced(ids_BT, self._checked_ids(decoder_ids_BT, "decoder_ids_BT"))
+
+    def _checked_ids(self, ids: Any, name: str) -> Tensor:
+        try:
+            tensor = torch.as_tensor(ids, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{name} is no rectangle of whole numbers; give (batch, tokens)") from error
+        check(tensor.dim() == 2, f"{name} has shape {list(tensor.shape)}; expected (batch, tokens)")
+        if tensor.numel():
+            low, high = int(tensor.min()), int(tensor.max())
+            size = self.config.vocab_size
+            check(0 <= low and high < size, f"{name} holds ids from {low} to {high}; the vocabulary has {size}")
+        return tensor
+
+
+@dataclass
+class Stream(Iterator[str]):
+    """Pieces of one generated text: whole UTF-8 characters only, and nothing of a stop string.
+
+    What could be the start of a stop string is held back until it is known not to be.
+    """
+
+    model: Model
+    generation: Generation
+    stops: tuple[str, ...] = ()
+    text: str = ""
+    _held: str = ""
+    _over: bool = False
+    _decoder: StreamDecoder | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        tokenizer = self.model.tokenizer
+        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+
+    @property
+    def measured(self) -> Measured:
+        return self.generation.measured
+
+    def __next__(self) -> str:
+        while not self._over:
+            token = next(self.generation, None)
+            if token is None:
+                self._over, piece = True, "" if self._decoder is None else self._decoder.flush()
+            elif token in self.generation.eos_ids or self._decoder is None:
+                continue
+            else:
+                piece = self._decoder.push(token)
+            piece = self._release(piece)
+            if piece:
+                self.text += piece
+                return piece
+        raise StopIteration
+
+    def _release(self, piece: str) -> str:
+        """What of the text so far can be given out."""
+        self._held += piece
+        found = [at for at in (self._held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self._over = True
+            self.generation.stop()
+            ready, self._held = self._held[: min(found)], ""
+            return ready
+        keep = 0 if self._over else max((_overlap(self._held, stop) for stop in self.stops), default=0)
+        ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return ready
+
+    def result(self) -> Generated:
+        """What was generated so far; complete when the stream has ended."""
+        measured = self.measured
+        return Generated(
+            text=self.text,
+            token_ids=list(measured.token_ids),
+            prompt_tokens=measured.prompt_tokens,
+            prefill_tokens_per_s=measured.prefill_tokens_per_s,
+            decode_tokens_per_s=measured.decode_tokens_per_s,
+            finish_reason=measured.finish_reason,
+            seed=self.generation.sampler.seed,
+            peak_rss_bytes=peak_rss_bytes(),
+            experts=Experts(self.model.expert_bytes, measured.expert_calls),
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a start of `stop`, and not all of it."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    model: str | Path, *, dtype: str | None = None, threads: int | None = None, ignore_keys: Sequence[str] = ()
+) -> Model:
+    """A model from a hub-layout folder, the folder of a training run, or `demo`, with its tokenizer where it has one.
+
+    `dtype`: f32, bf16 or fp16 instead of the checkpoint's own. `threads`: what torch may use, in the whole process.
+    `ignore_keys`: keys of config.json to leave aside.
+    Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files.
+    """
+    check(threads is None or threads >= 1, f"threads ({threads}) must be at least 1; leave it out to use all cores")
+    folder = locate(model)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    module = load_module(folder, dtype=_torch_dtype(dtype), ignore=ignore_keys)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return Model(module, tokenizer=tokenizer, eos_ids=read_eos_ids(folder, module.config), folder=folder)
+
+
+def locate(model: str | Path) -> Path:
+    """The folder that a MODEL means. Raises ConfigError, saying what to do, where it means none."""
+    text = str(model)
+    folder = Path(text)
+    if text == "demo" and not folder.exists():
+        return _demo_folder()
+    if folder.is_dir():
+        trained = folder / "model"  # where `fewfire train` leaves what it made
+        return trained if not (folder / "config.json").exists() and (trained / "config.json").exists() else folder
+    if folder.exists():
+        raise ConfigError(f"{text} is a file, expected a folder with config.json and safetensors; name its folder")
+    raise ConfigError(f"{text} is no folder here; give the path of a checkpoint, or `demo`")
+
+
+def _demo_folder() -> Path:
+    missing = ConfigError("there is no demo model yet; run `fewfire demo` to train it")
+    try:
+        from fewfire.train.demo import demo_folder  # only this name needs the training side
+    except ModuleNotFoundError:
+        raise missing from None
+    folder = demo_folder()
+    if not (folder / "config.json").is_file():
+        raise missing
+    return folder
+
+
+EXPORTS = ("hf",)
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    check(name in _DTYPES, f"dtype {name!r} is not known; expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+# --------------------------------------------------------------------------------------------------------- exporting
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    files: list[str]
+    num_bytes: int
+
+
+def export(model: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Exported:
+    """Write a model as the new folder `out`, in hub layout, wholly or not at all; its tokenizer files are copied.
+
+    `dtype` None: every tensor as it is, so that hub to hub is bitwise.
+    Raises: ConfigError where the model cannot be expressed or `out` is taken, BudgetError on a full disk.
+    """
+    check(to in EXPORTS, f"export to {to!r} is not known; expected one of {', '.join(EXPORTS)}")
+    refuse_occupied(out)
+    folder = locate(model)
+    module = load_module(folder, exact=True)
+    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype))
+    files = sorted(path for path in Path(out).iterdir() if path.is_file())
+    return Exported(Path(out), [path.name for path in files], sum(path.stat().st_size for path in files))

@@ -1,0 +1,115 @@
+"""`fewfire generate MODEL`: a text goes on, in the terminal or as one JSON object. Parses, calls the API, prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fewfire.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fewfire.api import Generated, Stream
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, the folder of a training run, or demo.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    context: Annotated[int | None, typer.Option(help="Prompt and new tokens together at most (default: all).")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; 0.7 to 1 is usual.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Draw among the most likely tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Draw among tokens at least this share as likely as the best.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Go on from a prompt. Speeds go to stderr."""
+    text = _read_prompt(prompt)
+    from fewfire import api
+
+    loaded = api.load(model, threads=threads)
+    stream = loaded.stream(
+        text,
+        stop=stop or (),
+        max_tokens=max_tokens,
+        context=context,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if as_json:
+        from fewfire.cli.output import print_json
+
+        for _ in stream:
+            pass
+        print_json(to_json(stream.result()))
+        return
+    status = _show(stream)
+    if status:
+        raise typer.Exit(status)
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start}); convert it") from error
+
+
+def _show(stream: Stream) -> int:
+    """Write pieces as they come; 130 where the user interrupted, with what there is so far."""
+    from fewfire.cli.output import note
+
+    status = 0
+    try:
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    note(_summary(stream.result(), interrupted=status != 0))
+    return status
+
+
+def _summary(result: Generated, *, interrupted: bool) -> str:
+    from fewfire.sizes import format_bytes
+
+    def rate(value: float | None) -> str:
+        return "" if value is None else f" at {value:.1f} tokens/s"
+
+    ended = "interrupted" if interrupted else f"ended by {result.finish_reason}"
+    return (
+        f"{result.prompt_tokens} prompt tokens{rate(result.prefill_tokens_per_s)}, "
+        f"{len(result.token_ids)} new{rate(result.decode_tokens_per_s)}, {ended}; "
+        f"peak memory {format_bytes(result.peak_rss_bytes)}, seed {result.seed}"
+    )
+
+
+def to_json(result: Generated) -> dict[str, Any]:
+    """The contract's object of one generation."""
+    return {
+        "text": result.text,
+        "token_ids": result.token_ids,
+        "prompt_tokens": result.prompt_tokens,
+        "prefill_tokens_per_s": result.prefill_tokens_per_s,
+        "decode_tokens_per_s": result.decode_tokens_per_s,
+        "predicted_decode_tokens_per_s": None,
+        "invariant": result.invariant,
+        "invariant_reason": result.invariant_reason,
+        "peak_rss_bytes": result.peak_rss_bytes,
+        "experts": result.experts.to_json(),
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+    }

@@ -1,0 +1,27 @@
+"""A model on disk becomes a module that runs, in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fewfire.checkpoints.hub import open_hub
+from fewfire.model.build import build_model
+from fewfire.model.decoder import Decoder
+from fewfire.model.recurrent import Recurrent
+
+
+def load_module(
+    folder: str | Path, *, dtype: torch.dtype | None = None, exact: bool = False, ignore: Iterable[str] = ()
+) -> Decoder | Recurrent:
+    """The model of a hub-layout folder, in evaluation mode. `dtype` and `exact` as `HubCheckpoint.fill`.
+
+    Raises: ConfigError for a config that is not understood, FormatError for files that do not fit it.
+    """
+    checkpoint = open_hub(folder, ignore=ignore)
+    with torch.device("meta"):
+        module = build_model(checkpoint.config)
+    checkpoint.fill(module, dtype=dtype, exact=exact)
+    return module.eval()
