@@ -1,4 +1,4 @@
-"""The hardware catalogue: parts, their prices, and sets of them ('8xH200'). Owns reading the TOML; no arithmetic of models.
+"""The hardware catalogue: parts, their prices, and sets of them ('8xH200'). Owns reading the TOML.
 
 The catalogue ships as `hardware.toml`, dated. A file of the same form named by FEWFIRE_HARDWARE, or
 `~/.config/fewfire/hardware.toml`, adds parts and overrides those of the same name, field by field.
@@ -6,10 +6,10 @@ The catalogue ships as `hardware.toml`, dated. A file of the same form named by 
 
 from __future__ import annotations
 
+import datetime
 import re
 import tomllib
 from dataclasses import dataclass, fields, replace
-from datetime import date
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -119,14 +119,14 @@ class Catalogue:
         known = {_key(alias): alias for part in self.parts for alias in (*part.aliases, part.name)}
         near = get_close_matches(wanted, known, n=3, cutoff=0.5)
         names = ", ".join(known[key] for key in near) or "H100, 8xH200, RTX 4090, laptop-32"
-        raise ConfigError(f"hardware ({name}) is not in the catalogue; nearest: {names}; `fewfire models --hardware` lists it")
+        raise ConfigError(f"hardware ({name}) is not known; nearest: {names}; `fewfire models --hardware` lists all")
 
-    def price_age_days(self, today: date) -> int | None:
+    def price_age_days(self, today: datetime.date) -> int | None:
         """Days since the prices were read, None if their date is not one."""
         match = re.fullmatch(r"(\d{4})-(\d{2})(?:-(\d{2}))?", self.prices_date)
         if match is None:
             return None
-        return (today - date(int(match.group(1)), int(match.group(2)), int(match.group(3) or 28))).days
+        return (today - datetime.date(int(match.group(1)), int(match.group(2)), int(match.group(3) or 28))).days
 
 
 def _key(name: str) -> str:
@@ -137,19 +137,26 @@ _FIELDS = {field.name: field for field in fields(Part)}
 _NUMBERS = {name for name, field in _FIELDS.items() if "float" in str(field.type) or "int" in str(field.type)}
 
 
+def _check_field(name: str, key: str, value: Any, path: str) -> None:
+    if key not in _FIELDS:
+        near = get_close_matches(key, _FIELDS, n=1)
+        hint = f"; did you mean {near[0]}" if near else ""
+        raise FormatError(f"unknown key {key} of part {name}{hint}", path=path)
+    if key not in _NUMBERS or isinstance(value, list):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FormatError(f"{key} of part {name} must be a number, not {value!r}", path=path)
+    if not value > 0 and key != "reserve_gb":
+        raise FormatError(f"{key} of part {name} must be above zero, not {value!r}", path=path)
+
+
 def _read_part(entry: dict[str, Any], known: dict[str, Part], path: str) -> Part:
     name = entry.get("name")
     if not isinstance(name, str) or not name:
         raise FormatError("a [[part]] has no name; give it one", path=path)
     for key, value in entry.items():
-        if key not in _FIELDS:
-            near = get_close_matches(key, _FIELDS, n=1)
-            raise FormatError(f"unknown key {key} of part {name}" + (f"; did you mean {near[0]}" if near else ""), path=path)
-        if key in _NUMBERS and not isinstance(value, list) and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise FormatError(f"{key} of part {name} must be a number, not {value!r}", path=path)
-        if key in _NUMBERS and isinstance(value, int | float) and not value > 0 and key != "reserve_gb":
-            raise FormatError(f"{key} of part {name} must be above zero, not {value!r}", path=path)
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        _check_field(name, key, value, path)
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     if name in known:
         return replace(known[name], **values)
     missing = [key for key in ("kind", "memory_gb", "bandwidth_gbs") if key not in entry]
@@ -195,12 +202,16 @@ def load_catalogue(user: Path | None = None) -> Catalogue:
         head |= {key: value for key, value in document.items() if key != "sources"}
         head["sources"] = {**head.get("sources", {}), **document.get("sources", {})}
     return Catalogue(
-        tuple(parts.values()), str(head["date"]), str(head["prices_date"]), int(head["prices_stale_after_days"]), head["sources"]
+        parts=tuple(parts.values()),
+        date=str(head["date"]),
+        prices_date=str(head["prices_date"]),
+        stale_after_days=int(head["prices_stale_after_days"]),
+        sources=head["sources"],
     )
 
 
 def parse_hardware(text: str, catalogue: Catalogue) -> System:
-    """'8xH200', '8 x H200', 'H100', 'laptop-32': a count and a part. ConfigError on zero, absurd counts and unknown names."""
+    """'8xH200', '8 x H200', 'H100', 'laptop-32'. ConfigError on zero, absurd counts and unknown names."""
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
     if match is None:
         raise ConfigError(f"hardware ({text!r}) is empty; write a part such as H100 or a set such as 8xH200")

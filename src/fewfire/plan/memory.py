@@ -90,7 +90,7 @@ def _check_format(name: str, key: str) -> str:
 def _native_formats(config: ModelConfig) -> Formats:
     name = _check_format(config.native_format, "native_format")
     if name in ("f32", "bf16", "fp16"):
-        return Formats(*[name] * 7, native=True)
+        return Formats(name, name, name, name, name, name, name, native=True)
     rest = "bf16"
     trunk = "fp8" if name == "fp8" else rest
     return Formats(
@@ -143,7 +143,7 @@ def tensor_bytes(spec: TensorSpec, formats: Formats) -> int:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the weights. `experts` routed, `trunk` the rest; `embedding` is the part of the trunk only gathered from.
+    """Bytes of the weights. `experts` routed, `trunk` the rest; `embedding` its part that is only gathered from.
 
     `per_expert` is the largest single expert, `active_experts` the bytes of the experts that one token meets.
     """
@@ -178,6 +178,17 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
         gathered += size if spec.kind in ("embedding", "positions") and not spec.matmul else 0
     total, experts = sum(by_class.values()), by_class.get("experts", 0)
     return WeightBytes(total, experts, total - experts, gathered, per_expert, active_experts, by_class)
+
+
+def decode_trunk_bytes(config: ModelConfig, formats: Formats) -> int:
+    """Bytes of trunk that a decode step reads: the decoder's blocks and the head. An embedding is a gather, an encoder
+    and the cross-attention's keys and values are done with once the input is in."""
+    total = sum(tensor_bytes(spec, formats) for spec in outer_tensors(config) if spec.matmul or spec.kind == "norm")
+    for layer, copies in count_layers(config.layers).items():
+        for spec in layer_tensors(layer, config):
+            if spec.kind != "experts" and spec.name not in ("cross.k.weight", "cross.v.weight"):
+                total += tensor_bytes(spec, formats) * copies
+    return total
 
 
 # ---------------------------------------------------------------------------------------------------- the cache
@@ -243,7 +254,7 @@ def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) ->
 
 
 def cache_read_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> int:
-    """Bytes of cache that one decode step of one sequence reads: a sparse indexer reads its keys and `top_k` latents."""
+    """Bytes of cache that a decode step of one sequence reads; a sparse indexer reads its keys and `top_k` latents."""
     total = 0
     for layer, copies in count_layers(config.layers).items():
         per_token, index, windowed, state, conv = _mixer_cache(layer.mixer, context, element_bytes)
@@ -272,7 +283,7 @@ class Floor:
 
 
 def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """Scratch of one step over `num_tokens` tokens, float32: residual, widest projections, and one row of logits each."""
+    """Scratch of one step over `num_tokens` tokens, float32: the residual, its copies, the widest projections."""
     widest = config.model_dim
     for layer, _ in distinct_layers(config):
         for spec in layer_tensors(layer, config):

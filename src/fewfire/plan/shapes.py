@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt, prod
 
-from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, LstmConfig, Mixer, ModelConfig, MoEConfig
+from fewfire.config import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    LstmConfig,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+)
 from fewfire.families.parameters import layer_parameters, parameters
 
 

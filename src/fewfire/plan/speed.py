@@ -13,7 +13,16 @@ from math import ceil
 from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RoutingProfile
 from fewfire.plan.count import decode_flops, prefill_flops
 from fewfire.plan.hardware import Part, System
-from fewfire.plan.memory import CacheBytes, Formats, WeightBytes, activation_bytes, cache_bytes, cache_read_bytes, weight_bytes
+from fewfire.plan.memory import (
+    CacheBytes,
+    Formats,
+    WeightBytes,
+    activation_bytes,
+    cache_bytes,
+    cache_read_bytes,
+    decode_trunk_bytes,
+    weight_bytes,
+)
 from fewfire.plan.unique import profile_unique, uniform_max_active, unique_experts
 
 
@@ -73,11 +82,20 @@ class Workload:
     weights: WeightBytes
     context: int
     cache: CacheBytes
+    trunk_bytes: int  # of trunk, read by a decode step
     profile: RoutingProfile | None = None
 
     @staticmethod
     def of(config: ModelConfig, formats: Formats, context: int, profile: RoutingProfile | None = None) -> Workload:
-        return Workload(config, formats, weight_bytes(config, formats), context, cache_bytes(config, context), profile)
+        return Workload(
+            config=config,
+            formats=formats,
+            weights=weight_bytes(config, formats),
+            context=context,
+            cache=cache_bytes(config, context),
+            trunk_bytes=decode_trunk_bytes(config, formats),
+            profile=profile,
+        )
 
     def at(self, context: int) -> Workload:
         """The same model at another context."""
@@ -143,18 +161,10 @@ def expert_bytes(work: Workload, num_tokens: float, *, devices: int = 1, profile
     return total
 
 
-def trunk_bytes(work: Workload) -> float:
-    """Bytes of trunk that a decode step reads: all but the embedding table's gather; of two stacks the decoder's."""
-    trunk = work.weights.trunk - work.weights.embedding
-    if work.config.encoder:
-        trunk *= len(work.config.layers) / (len(work.config.layers) + len(work.config.encoder))
-    return trunk
-
-
 def bytes_per_step(work: Workload, batch: int) -> float:
     """Bytes one device would read for a decode step: awake experts + trunk + everybody's cache."""
     cache = cache_read_bytes(work.config, work.context) * batch
-    return expert_bytes(work, batch) + trunk_bytes(work) + cache
+    return expert_bytes(work, batch) + work.trunk_bytes + cache
 
 
 def arithmetic_rate(part: Part, format_name: str) -> float | None:
@@ -227,13 +237,13 @@ def decode_step(work: Workload, system: System, layout: Layout, batch: int, assu
     `pipeline` micro-batches through stages of an equal share of layers.
     """
     part, stages = system.part, layout.pipeline
-    micro = max(1.0, batch / stages)
+    micro: float = max(1.0, batch / stages)
     local = max(1.0, micro / layout.data)
     shards = min(layout.tensor, work.cache_shards)
     cache = cache_read_bytes(work.config, work.context) * local / shards
     experts = expert_bytes(work, micro, devices=layout.expert if layout.data > 1 else 1)
     experts = experts if layout.data > 1 else experts / layout.tensor
-    read = (trunk_bytes(work) / layout.tensor + experts + cache) / stages
+    read = (work.trunk_bytes / layout.tensor + experts + cache) / stages
     bandwidth = part.bandwidth_gbs * 1e9 * (assume.efficiency or part.efficiency)
     memory_s = read / bandwidth * stages
     compute_s = _decode_compute(work, part, layout, micro, assume)
@@ -256,22 +266,26 @@ def _decode_compute(work: Workload, part: Part, layout: Layout, micro: float, as
 
 @dataclass(frozen=True)
 class PrefillTime:
-    """A prompt of `num_tokens` through the model: seconds to the first token. None where the part's rate is unknown."""
+    """Prompts of `num_tokens` through the model, `together` at a time: seconds to the first token of each.
+
+    `seconds` is None where the part's arithmetic rate is not published.
+    """
 
     num_tokens: int
     seconds: float | None
     bound: str
+    together: int = 1
 
     @property
     def tokens_per_s(self) -> float | None:
-        return None if not self.seconds else self.num_tokens / self.seconds
+        return None if not self.seconds else self.num_tokens * self.together / self.seconds
 
 
 def prefill(work: Workload, system: System, layout: Layout, num_tokens: int, assume: Assumptions) -> PrefillTime:
-    """One prompt, in chunks that each read every weight once: thousands of tokens wake every expert.
+    """Prompts in chunks that each read every weight once: thousands of tokens wake every expert.
 
-    seconds = max(weights / bandwidth, FLOPs / (mfu x rate)) + launches + collectives. One prompt cannot use
-    data-parallel attention, whose groups each take their own prompt: the rate is the group's.
+    seconds = max(weights / bandwidth, FLOPs / (mfu x rate)) + launches + collectives. Each data-parallel group takes
+    a prompt of its own and a pipeline holds one a stage, so `data x pipeline` prompts pass together.
     """
     part = system.part
     rate = arithmetic_rate(part, work.formats.experts)
@@ -280,14 +294,15 @@ def prefill(work: Workload, system: System, layout: Layout, num_tokens: int, ass
     chunks = ceil(num_tokens / assume.prefill_chunk)
     bandwidth = part.bandwidth_gbs * 1e9 * (assume.efficiency or part.efficiency)
     tokens = min(num_tokens, assume.prefill_chunk)
-    read = expert_bytes(work, tokens) / layout.expert + trunk_bytes(work) / layout.tensor
+    read = expert_bytes(work, tokens * layout.data) / layout.expert + work.trunk_bytes / layout.tensor
     memory_s = chunks * read / bandwidth
-    compute_s = prefill_flops(work.config, num_tokens) / (rate * assume.prefill_mfu * layout.expert)
+    compute_s = prefill_flops(work.config, num_tokens) / (rate * assume.prefill_mfu * layout.tensor)
     launch_s = chunks * (part.launch_s or assume.launch_s[part.kind]) * work.num_layers
-    communication_s = chunks * communication_seconds(work, system, layout, tokens / layout.data, assume)
+    communication_s = chunks * communication_seconds(work, system, layout, tokens, assume)
     parts = {"memory": memory_s, "compute": compute_s, "launches": launch_s, "links": communication_s}
     seconds = max(memory_s, compute_s) + launch_s + communication_s
-    return PrefillTime(num_tokens, seconds, max(parts, key=lambda name: parts[name]))
+    bound = max(parts, key=lambda name: parts[name])
+    return PrefillTime(num_tokens, seconds, bound, layout.data * layout.pipeline)
 
 
 @dataclass(frozen=True)
@@ -322,7 +337,8 @@ def fit(work: Workload, system: System, layout: Layout, batch: int) -> Fit:
     if room <= 0:
         reason = f"weights take {weights / 1e9:.1f} GB a device, {usable / 1e9:.1f} GB is usable"
     else:
-        reason = f"the cache of {batch} x {work.context} tokens does not fit beside {weights / 1e9:.1f} GB of weights a device"
+        held = f"{weights / 1e9:.1f} GB of weights a device"
+        reason = f"the cache of {batch} x {work.context} tokens does not fit beside {held}"
     return Fit(False, reason, weights, usable, most)
 
 

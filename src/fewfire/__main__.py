@@ -1,0 +1,6 @@
+"""`python -m fewfire`."""
+
+from fewfire.cli.main import main
+
+if __name__ == "__main__":
+    main()
