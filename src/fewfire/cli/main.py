@@ -32,8 +32,6 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("generate", "generate", "Go on from a prompt, in the terminal or as JSON"),
     "export": Verb("export", "export", "Write a model in hub layout, as transformers loads it"),
     "plan": Verb("plan", "plan", "Total and active parameters, memory, fit, speed, cost of a model"),
-    "generate": Verb("generate", "generate", "Continue a text"),
-    "export": Verb("export", "export", "Write a model back as a hub checkpoint"),
     "models": Verb("models", "models", "The families, the published models known by name, and the hardware catalogue"),
 }
 
