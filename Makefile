@@ -18,8 +18,8 @@ test: setup
 	$(BIN)/pytest -n $(JOBS) tests
 
 check: setup
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --output-format concise .
+	$(BIN)/ruff check --output-format concise .
 	$(BIN)/mypy
 	$(BIN)/python tools/layers.py src/fewfire
 	$(BIN)/python tools/agents.py AGENTS.md

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fewfire import kernels
 from fewfire.errors import ConfigError, KernelUnavailable
 from fewfire.kernels import isa as isa_module
 from fewfire.kernels import reference
-from hypothesis import given
-from hypothesis import strategies as st
 
 SUPPORTED = kernels.supported_isas()
 NATIVE = [name for name in ("scalar", "avx2", "avx512") if name in SUPPORTED]
@@ -97,7 +98,8 @@ def test_top_k_passes_gradients_to_the_chosen_scores(isa):
 
 
 @pytest.mark.parametrize(
-    ("scores", "k"), [(torch.zeros(2, 3), 4), (torch.zeros(3), 1), (torch.zeros(2, 3).long(), 1), (torch.zeros(1, 1), -1)]
+    ("scores", "k"),
+    [(torch.zeros(2, 3), 4), (torch.zeros(3), 1), (torch.zeros(2, 3).long(), 1), (torch.zeros(1, 1), -1)],
 )
 def test_top_k_refuses_what_does_not_fit(isa, scores, k):
     with pytest.raises(ConfigError):
@@ -117,7 +119,9 @@ def test_group_by_expert_by_hand(isa):
 
 
 @pytest.mark.parametrize("share_kept", [None, 0.0, 0.6, 1.0])
-@pytest.mark.parametrize(("num_tokens", "k", "num_experts"), [(0, 2, 4), (1, 1, 1), (1, 4, 4), (37, 3, 9), (300, 8, 128)])
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "num_experts"), [(0, 2, 4), (1, 1, 1), (1, 4, 4), (37, 3, 9), (300, 8, 128)]
+)
 def test_group_by_expert_equals_the_reference(isa, num_tokens, k, num_experts, share_kept):
     generator = torch.Generator().manual_seed(num_tokens + num_experts)
     ids = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :k]

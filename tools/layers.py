@@ -34,6 +34,7 @@ SIBLINGS = {
     ("plan", "families"),
     ("plan", "headers"),
     ("kernels", "_native"),
+    ("__main__", "cli"),
 }
 
 # Who may import what comes from outside: module -> the parts of fewfire that must not.

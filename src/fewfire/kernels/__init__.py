@@ -1,4 +1,4 @@
-"""The one door to native code: a kernel validates shapes, dtypes and strides once, picks native or reference, calls it."""
+"""The one door to native code: a kernel validates shapes and dtypes once, picks native or reference, and calls it."""
 
 from fewfire.kernels.activation import swiglu_backward, swiglu_forward
 from fewfire.kernels.isa import current_isa, set_isa, supported_isas

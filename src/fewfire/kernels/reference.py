@@ -43,7 +43,7 @@ def swiglu_forward(pre_RP: Tensor, weights_R: Tensor | None = None) -> Tensor:
 def swiglu_backward(
     grad_RF: Tensor, pre_RP: Tensor, weights_R: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `swiglu_forward` by `pre_RP` and `weights_R`, and its output: (grad_pre_RP, hidden_RF, grad_weights_R)."""
+    """(grad_pre_RP, hidden_RF, grad_weights_R): gradients of `swiglu_forward`, and its output again."""
     with torch.enable_grad():
         pre = pre_RP.detach().requires_grad_()
         hidden_RF = swiglu_forward(pre)
