@@ -33,12 +33,32 @@ __all__ = [
 
 # model_type -> module in this folder. A new family is one file and one line here.
 _FAMILIES = {
+    "dbrx": "dbrx",
+    "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "deepseek_v32": "deepseek_v32",
+    "fewfire": "fewfire",
+    "glm4_moe": "glm4_moe",
+    "glm_moe_dsa": "glm_moe_dsa",
     "gpt2": "gpt2",
+    "gpt_oss": "gpt_oss",
+    "granitemoe": "granitemoe",
+    "grok-1": "grok",
+    "jamba": "jamba",
+    "kimi_k2": "kimi_k2",
     "llama": "llama",
+    "llama4": "llama4",
+    "llama4_text": "llama4",
+    "minimax": "minimax",
+    "minimax_m2": "minimax_m2",
     "mixtral": "mixtral",
     "olmoe": "olmoe",
+    "phimoe": "phimoe",
+    "qwen2_moe": "qwen2_moe",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_next": "qwen3_next",
+    "qwen3_vl_moe": "qwen3_vl_moe",
+    "switch_transformers": "switch_transformers",
 }
 
 # Tensors of any family that hold nothing to load: rotary tables that older files saved.

@@ -6,7 +6,6 @@ Owns the shared spelling. A family file calls these with its own keys and defaul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fewfire.config import (
@@ -38,7 +37,9 @@ HUB_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_ta
 Part = TypeVar("Part")
 
 
-def read_model(hub: Reader, family: str, layers: tuple[LayerConfig, ...], norm: NormConfig, **fields: Any) -> ModelConfig:
+def read_model(
+    hub: Reader, family: str, layers: tuple[LayerConfig, ...], norm: NormConfig, **fields: Any
+) -> ModelConfig:
     """A ModelConfig from the keys that llama and its descendants share; `fields` override or add.
 
     `tie_word_embeddings` is false where absent, as in every class that uses this.
@@ -134,6 +135,17 @@ def read_window(hub: Reader) -> int | None:
     return None if not window or window >= context(hub) else window
 
 
+def read_layer_types(hub: Reader, allowed: tuple[str, ...], default: Callable[[int], str]) -> tuple[str, ...]:
+    """`layer_types`, one of `allowed` a layer; `default` of the layer's index where the file leaves the list out."""
+    total = num_layers(hub)
+    types = hub.items("layer_types", kind=str, length=total, default=None)
+    types = tuple(default(index) for index in range(total)) if types is None else types
+    for index, name in enumerate(types):
+        if name not in allowed:
+            raise ConfigError(f"layer_types[{index}] is {name!r} in config.json; expected {' or '.join(allowed)}")
+    return types
+
+
 # --------------------------------------------------------------------------------------------------- feed-forward
 
 
@@ -210,9 +222,9 @@ def _first(parts: list[Any], kind: type[Part], config: ModelConfig, name: str, r
     return found[0] if found else None  # type: ignore[return-value]
 
 
-def tied_head(config: ModelConfig) -> tuple[str, ...]:
-    """The pattern of a head that a file stores although it is tied to the embedding."""
-    return (r"lm_head\.weight",) if config.tied_head else ()
+def tied_head(config: ModelConfig, prefix: str = "") -> tuple[str, ...]:
+    """The pattern of a head that a file stores although it is tied to the embedding. `prefix` is a pattern too."""
+    return (rf"({prefix})?lm_head\.weight",) if config.tied_head else ()
 
 
 def hub_rope(attention: AttentionConfig, family: str) -> RopeConfig:

@@ -1,4 +1,4 @@
-"""What DeepSeek's descendants share in hub configs: multi-head latent attention, the sigmoid router, dense first layers.
+"""What DeepSeek's descendants share in hub configs: latent attention, the sigmoid router, dense first layers.
 
 Owns the keys of MLA, of `n_group` routing and of multi-token prediction, and their tensor names.
 """
@@ -19,6 +19,7 @@ from fewfire.config import (
     RopeConfig,
     RouterConfig,
 )
+from fewfire.errors import ConfigError
 from fewfire.families import decoder as common
 from fewfire.families.parameters import count, layer_parameters
 from fewfire.families.reader import Reader
@@ -162,10 +163,11 @@ def read_layers(
     hub.expect("moe_layer_freq", 1, [1] * total)
     first = hub.integer("first_k_dense_replace", default=dense)
     sparse = tuple(index >= first for index in range(total))
-    if listed:
-        names = hub.items("mlp_layer_types", kind=str, length=total, default=None)
-        sparse = sparse if names is None else tuple(name == "sparse" for name in names)
-        hub.expect("mlp_layer_types", *([list(names)] if set(names or ()) <= {"dense", "sparse"} else []))
+    names = hub.items("mlp_layer_types", kind=str, length=total, default=None) if listed else None
+    if names is not None:
+        if set(names) - {"dense", "sparse"}:
+            raise ConfigError("mlp_layer_types in config.json must name dense or sparse for each layer")
+        sparse = tuple(name == "sparse" for name in names)
     width = hub.integer("intermediate_size", default=None, minimum=1)
     act = common.read_activation(hub)
     return common.alternate(sparse, mixers, moe, lambda: common.gated(width or hub.integer("intermediate_size"), act))

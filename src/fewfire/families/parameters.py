@@ -5,8 +5,6 @@ Owns the vocabulary of state-dict keys. Knows no hub name. All linear weights ar
 
 from __future__ import annotations
 
-from typing import Union
-
 from fewfire.config import (
     AttentionConfig,
     DeltaNetConfig,
@@ -89,7 +87,8 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 def _norm(name: str, dim: int, norm: NormConfig) -> Shapes:
     if norm.kind == "none":
         return {}
-    return {f"{name}.weight": (dim,)} | ({f"{name}.bias": (dim,)} if norm.bias else {})
+    shapes: Shapes = {f"{name}.weight": (dim,)}
+    return shapes | {f"{name}.bias": (dim,)} if norm.bias else shapes
 
 
 def _linear(name: str, out: int, into: int, bias: bool = False) -> Shapes:
@@ -115,7 +114,7 @@ def _mixer(mixer: Mixer, dim: int) -> Shapes:
         return _mamba(mixer, dim)
     assert isinstance(mixer, LstmConfig)
     gates = 4 * mixer.hidden_dim  # input, forget, cell, output
-    shapes = {"weight_ih": (gates, dim), "weight_hh": (gates, mixer.hidden_dim), "bias": (gates,)}
+    shapes: Shapes = {"weight_ih": (gates, dim), "weight_hh": (gates, mixer.hidden_dim), "bias": (gates,)}
     return shapes if mixer.hidden_dim == dim else shapes | _linear("out", dim, mixer.hidden_dim)
 
 
@@ -177,13 +176,13 @@ def _mamba(mamba: MambaConfig, dim: int) -> Shapes:
     return shapes | _linear("out", dim, inner, mamba.proj_bias)
 
 
-def _feed_forward(ffn: Union[FeedForwardConfig, MoEConfig, None], dim: int) -> Shapes:
+def _feed_forward(ffn: FeedForwardConfig | MoEConfig | None, dim: int) -> Shapes:
     assert isinstance(ffn, FeedForwardConfig)
     shapes = _linear("gate", ffn.hidden_dim, dim, ffn.bias) if ffn.gated else {}
     return shapes | _linear("up", ffn.hidden_dim, dim, ffn.bias) | _linear("down", dim, ffn.hidden_dim, ffn.bias)
 
 
-def _moe(moe: Union[FeedForwardConfig, MoEConfig, None], dim: int) -> Shapes:
+def _moe(moe: FeedForwardConfig | MoEConfig | None, dim: int) -> Shapes:
     assert isinstance(moe, MoEConfig)
     router, expert = moe.router, moe.expert
     experts, width = router.num_experts, expert.hidden_dim

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fewfire.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, NormConfig, RouterConfig
+from fewfire.config import AttentionConfig, ModelConfig, MoEConfig, NormConfig, RouterConfig
 from fewfire.families import decoder as common
 from fewfire.families.reader import Reader
 from fewfire.families.rope import read_rope, write_rope

@@ -200,7 +200,7 @@ def write_format(native_format: str) -> dict[str, Any]:
         return {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": kept}}
     names = {ours: theirs for theirs, ours in _DTYPES.items()}
     if native_format not in names:
-        raise ConfigError(f"native_format {native_format!r} has no hub spelling; expected one of f32, bf16, fp16, fp8, mxfp4")
+        raise ConfigError(f"native_format is {native_format!r}; the hub spells f32, bf16, fp16, fp8 and mxfp4 only")
     return {"dtype": names[native_format]}
 
 

@@ -62,7 +62,7 @@ def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     """The `rope_scaling` object; None for a plain rope."""
     if scaling is None:
         return None
-    named = {"rope_type": scaling.kind, "factor": scaling.factor}
+    named: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     named["original_max_position_embeddings"] = scaling.original_context
     for key in (
         "attention_factor mscale mscale_all_dim beta_fast beta_slow low_freq_factor high_freq_factor "

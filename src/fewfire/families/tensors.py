@@ -15,16 +15,16 @@ from fewfire.families.parameters import Shapes, parameters
 
 
 class Piece(NamedTuple):
-    """A region of a hub tensor that is one of our parameters, or its row `index`.
+    """A region of a hub tensor that is one of our parameters, or its row `row` (an expert of a bank).
 
-    The hub values (in `HubTensor.view`, where it has one) are sliced along `axis` by `rows` (start, stop, step; None
+    The hub values (in `HubTensor.view`, where it has one) are sliced along `axis` by `span` (start, stop, step; None
     takes all), then their last two axes are swapped if `transpose`.
     """
 
     ours: str
-    index: int | None = None
+    row: int | None = None
     axis: int = 0
-    rows: tuple[int, int, int] | None = None
+    span: tuple[int, int, int] | None = None
     transpose: bool = False
 
 
@@ -45,8 +45,8 @@ def part(values: Any, tensor: HubTensor, piece: Piece) -> Any:
     """
     if tensor.view is not None:
         values = values.reshape(tensor.view)
-    if piece.rows is not None:
-        values = values[(slice(None),) * piece.axis + (slice(*piece.rows),)]
+    if piece.span is not None:
+        values = values[(slice(None),) * piece.axis + (slice(*piece.span),)]
     return values.swapaxes(-1, -2) if piece.transpose else values
 
 
@@ -131,25 +131,25 @@ def _expand(rule: Rule, name: str, ours: list[str], shapes: Shapes) -> list[HubT
     return [_fuse(rule, name.replace("{e}", str(e)), ours, rows, e) for e in experts]
 
 
-def _fuse(rule: Rule, name: str, ours: list[str], parts: list[tuple[int, ...]], index: int | None) -> HubTensor:
-    """One hub tensor from `ours` (their row `index`), whose shapes are `parts`."""
+def _fuse(rule: Rule, name: str, ours: list[str], parts: list[tuple[int, ...]], row: int | None) -> HubTensor:
+    """One hub tensor from `ours` (their row `row`), whose shapes are `parts`."""
     if rule.transpose:
         parts = [(*part[:-2], part[-1], part[-2]) for part in parts]
-    if len(ours) == 1:
-        pieces, shape = (Piece(ours[0], index, transpose=rule.transpose),), parts[0]
-    else:
+    shape = parts[0]
+    pieces = [Piece(each, row, transpose=rule.transpose) for each in ours]
+    if len(ours) > 1:
         # The output axis: the last of a bias and of a transposed weight, the last but one of a weight.
-        axis = len(parts[0]) - (1 if rule.transpose or name.endswith("bias") else 2)
+        axis = len(shape) - (1 if rule.transpose or name.endswith("bias") else 2)
         width = sum(part[axis] for part in parts)
-        pieces, start = (), 0
-        for position, (each, part) in enumerate(zip(ours, parts, strict=True)):
-            rows = (position, width, len(ours)) if rule.interleaved else (start, start + part[axis], 1)
-            pieces += (Piece(each, index, axis, rows, rule.transpose),)
+        start = 0
+        for position, part in enumerate(parts):
+            span = (position, width, len(ours)) if rule.interleaved else (start, start + part[axis], 1)
+            pieces[position] = pieces[position]._replace(axis=axis, span=span)
             start += part[axis]
-        shape = (*parts[0][:axis], width, *parts[0][axis + 1 :])
+        shape = (*shape[:axis], width, *shape[axis + 1 :])
     if rule.flat:
-        return HubTensor(name, (shape[0] * shape[1], *shape[2:]), pieces, shape)
-    return HubTensor(name, shape, pieces)
+        return HubTensor(name, (shape[0] * shape[1], *shape[2:]), tuple(pieces), shape)
+    return HubTensor(name, shape, tuple(pieces))
 
 
 # -------------------------------------------------------------------------------- names that many families share
@@ -197,7 +197,20 @@ def shared(name: str) -> Rules:
     )
 
 
-def decoder(config: ModelConfig, *tables: Rules, top: Rules = LLAMA_TOP, prefix: str = "model.layers.{l}.") -> list[HubTensor]:
-    """The tensors of a decoder-only model whose layers all follow the same rules."""
-    table = tuple(rule for rules_ in tables for rule in rules_)
-    return build(config, top, [Stack(prefix, "layers.{l}.", config.layers, lambda layer: table)])
+def prefixed(prefix: str, table: Rules) -> Rules:
+    """`table` with every hub name under `prefix`."""
+    return tuple(rule._replace(hub=prefix + rule.hub) for rule in table)
+
+
+def decoder(
+    config: ModelConfig,
+    *tables: Rules | Callable[[LayerConfig], Rules],
+    top: Rules = LLAMA_TOP,
+    prefix: str = "model.layers.{l}.",
+) -> list[HubTensor]:
+    """The tensors of a decoder-only model. Each of `tables` holds for all layers, or says what holds for one."""
+
+    def table(layer: LayerConfig) -> Rules:
+        return tuple(rule for each in tables for rule in (each(layer) if callable(each) else each))
+
+    return build(config, top, [Stack(prefix, "layers.{l}.", config.layers, table)])
