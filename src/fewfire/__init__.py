@@ -22,13 +22,15 @@ _PUBLIC = {
     "RequestError": "fewfire.errors",
     "RouterConfig": "fewfire.config",
     "load": "fewfire.api",
-    "plan": "fewfire.api",
 }
+_CALLABLE_MODULES = ("plan",)  # fewfire.plan(...) is a call and fewfire.plan a package: the package is callable
 
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, *_CALLABLE_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE_MODULES:
+        return import_module(f"fewfire.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fewfire' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -24,12 +24,13 @@ from fewfire.balance import (
     z_loss,
 )
 from fewfire.checkpoints.atomic import write_bytes
-from fewfire.checkpoints.hub import load_hub, save_hub
+from fewfire.checkpoints.hub import save_hub
 from fewfire.config import ModelConfig
 from fewfire.data import Batches
 from fewfire.errors import ConfigError
 from fewfire.model.decoder import Decoder, initialise
 from fewfire.routing import Routing
+from fewfire.runtime.load import load_module
 from fewfire.runtime.score import score_batches
 from fewfire.tokenizer import Tokenizer
 from fewfire.train.architecture import build_config
@@ -159,7 +160,10 @@ class Trainer:
     def _build_model(self) -> tuple[ModelConfig, Decoder]:
         settings, tokenizer = self.settings, self.corpus.tokenizer
         if settings.initial:
-            config, model = load_hub(settings.initial, dtype=torch.float32)
+            model = load_module(settings.initial, dtype=torch.float32)
+            if not isinstance(model, Decoder):
+                raise ConfigError(f"{settings.initial} is no decoder-only model; only those can be fine-tuned")
+            config = model.config
             if tokenizer.vocab_size > config.vocab_size:
                 raise ConfigError(
                     f"{settings.initial} has {config.vocab_size} embeddings for {tokenizer.vocab_size} tokens; "
@@ -175,7 +179,7 @@ class Trainer:
         )
         families.write_config(config)  # an architecture that could not be exported is refused before it is trained
         model = Decoder(config)
-        initialise(model, len(config.layers), settings.run.seed)
+        initialise(model, len(config.layers), settings.run.seed, settings.model.init_std)
         return config, model
 
     # ------------------------------------------------------------------------------------------------- the loop

@@ -43,6 +43,7 @@ class ModelSettings:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     router_scale: float = 1.0
+    init_std: float = 0.02
     max_context: int = 0  # 0: the training sequence length
 
 
