@@ -211,7 +211,7 @@ def test_generate_streams_text_to_stdout_and_speeds_to_stderr(folder, model, cap
 
 
 def test_a_prompt_from_stdin(folder, model, capsys, monkeypatch):
-    for content, status in [("A router".encode(), 0), (b"\xff", 2)]:
+    for content, status in [(b"A router", 0), (b"\xff", 2)]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
         assert run("generate", folder, "--prompt", "-", "--max-tokens", 3) == status
     assert model.generate("A router", max_tokens=3).text in capsys.readouterr().out

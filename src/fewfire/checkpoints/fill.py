@@ -84,7 +84,7 @@ class Filler:
         tensor, header = chunk.tensor, chunk.header
         destinations = [(piece, self._destination(chunk, piece)) for piece in tensor.pieces]
         first = destinations[0][1]
-        plain = len(destinations) == 1 and not tensor.pieces[0].transpose and tensor.pieces[0].rows is None
+        plain = len(destinations) == 1 and not tensor.pieces[0].transpose and tensor.pieces[0].span is None
         if plain and first.is_contiguous() and first.dtype == TORCH_DTYPES[header.dtype]:
             shards.read_into(header, first)
         else:
@@ -99,8 +99,8 @@ class Filler:
 
     def _destination(self, chunk: Chunk, piece: Piece) -> Tensor:
         target = self.targets[piece.ours]
-        if piece.index is not None:
-            target = target[piece.index]
+        if piece.row is not None:
+            target = target[piece.row]
         return target[chunk.start : chunk.stop] if _splits(chunk.tensor) else target
 
 
@@ -113,7 +113,7 @@ def _splits(tensor: HubTensor) -> bool:
     """Whether rows of the leading axis are rows of every piece: then the tensor can be read in runs of them."""
     shape = tensor.view or tensor.shape
     return len(shape) > 0 and all(
-        (piece.rows is None or piece.axis > 0) and (not piece.transpose or len(shape) > 2) for piece in tensor.pieces
+        (piece.span is None or piece.axis > 0) and (not piece.transpose or len(shape) > 2) for piece in tensor.pieces
     )
 
 

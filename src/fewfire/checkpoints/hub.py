@@ -201,7 +201,7 @@ def _maker(tensor: HubTensor, state: Mapping[str, Tensor]) -> Any:
         first = state[tensor.pieces[0].ours]
         values = torch.empty(tensor.shape, dtype=first.dtype)
         for piece in tensor.pieces:
-            ours = state[piece.ours] if piece.index is None else state[piece.ours][piece.index]
+            ours = state[piece.ours] if piece.row is None else state[piece.ours][piece.row]
             families.part(values, tensor, piece).copy_(ours)
         return values
 
