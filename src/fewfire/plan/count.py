@@ -73,11 +73,15 @@ def count(config: ModelConfig) -> Counts:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations of one token (a multiply-add is two). `total` = matmul + attention."""
+    """Floating point operations of one token (a multiply-add is two). `total` = matmul + attention.
+
+    `router` and `experts` are parts of `matmul`.
+    """
 
     matmul: int
     attention: int
     router: int
+    experts: int
 
     @property
     def total(self) -> int:
@@ -117,15 +121,16 @@ def mixer_flops(mixer: Mixer | None, context: int, *, absorbed: bool = True) -> 
             return 0
 
 
-def _layer_matmul(config: ModelConfig, layer: LayerConfig, *, skip_cross_kv: bool) -> tuple[int, int]:
-    """(parameters multiplied with a token, the router's part of them). Cross keys and values are made once an input."""
-    matmul = router = 0
+def _layer_matmul(config: ModelConfig, layer: LayerConfig, *, skip_cross_kv: bool) -> tuple[int, int, int]:
+    """(parameters multiplied with a token, the router's part, the experts'). Cross keys and values: once an input."""
+    matmul = router = experts = 0
     for spec in layer_tensors(layer, config):
         if skip_cross_kv and spec.name in ("cross.k.weight", "cross.v.weight"):
             continue
         matmul += spec.matmul
         router += spec.matmul if spec.kind == "router" else 0
-    return matmul, router
+        experts += spec.matmul if spec.kind == "experts" else 0
+    return matmul, router, experts
 
 
 def decode_flops(config: ModelConfig, context: int) -> Flops:
@@ -134,13 +139,13 @@ def decode_flops(config: ModelConfig, context: int) -> Flops:
     The embedding gather costs none. Of an encoder-decoder only the decoder runs per generated token; its
     cross-attention reads an input of `context` tokens too.
     """
-    matmul = router = attention = 0
+    matmul = router = experts = attention = 0
     for layer, copies in count_layers(config.layers).items():
-        layer_matmul, layer_router = _layer_matmul(config, layer, skip_cross_kv=True)
-        matmul, router = matmul + layer_matmul * copies, router + layer_router * copies
+        parts = _layer_matmul(config, layer, skip_cross_kv=True)
+        matmul, router, experts = (each + part * copies for each, part in zip((matmul, router, experts), parts))
         attention += (mixer_flops(layer.mixer, context) + mixer_flops(layer.cross, context)) * copies
     matmul += sum(spec.matmul for spec in outer_tensors(config))
-    return Flops(matmul=2 * matmul, attention=attention, router=2 * router)
+    return Flops(matmul=2 * matmul, attention=attention, router=2 * router, experts=2 * experts)
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
@@ -152,7 +157,7 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
     layers = config.encoder or config.layers
     per_token = 0
     for layer, copies in count_layers(layers).items():
-        matmul, _ = _layer_matmul(config, layer, skip_cross_kv=False)
+        matmul, _, _ = _layer_matmul(config, layer, skip_cross_kv=False)
         seen = num_tokens if config.encoder else half
         per_token += (2 * matmul + mixer_flops(layer.mixer, seen, absorbed=False)) * copies
     head = sum(spec.matmul for spec in outer_tensors(config))

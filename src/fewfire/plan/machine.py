@@ -8,19 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fewfire.plan.fit import Fit, fit, layouts
 from fewfire.plan.hardware import System
-from fewfire.plan.speed import (
-    Assumptions,
-    Fit,
-    Layout,
-    PrefillTime,
-    StepTime,
-    Workload,
-    decode_step,
-    fit,
-    layouts,
-    prefill,
-)
+from fewfire.plan.speed import PrefillTime, StepTime, decode_step, prefill
+from fewfire.plan.workload import Assumptions, Layout, Workload
 
 FULL_LOAD_BATCH = 256  # sequences: what serving engines run by default
 USER_TOKENS_PER_S = 10.0  # full load stops where a user's stream falls below reading speed

@@ -14,8 +14,9 @@ from fewfire.plan.count import Counts, Flops, decode_flops
 from fewfire.plan.hardware import System, load_catalogue, parse_hardware
 from fewfire.plan.machine import Machine, plan_machine
 from fewfire.plan.memory import CacheBytes, Floor, Formats, WeightBytes, choose_formats, floor_bytes
-from fewfire.plan.speed import Assumptions, Workload, bytes_per_step
+from fewfire.plan.speed import bytes_per_step
 from fewfire.plan.subject import Subject, resolve
+from fewfire.plan.workload import Assumptions, Workload
 from fewfire.sizes import format_count, parse_bytes
 
 DEFAULT_CONTEXT = 4096

@@ -7,10 +7,12 @@ repeat experts, so a per-token trace gives fewer still.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import comb
 
 from fewfire.config import RoutingProfile, check
+from fewfire.plan.placement import Placement, place
 
 
 def unique_experts(num_experts: int, top_k: int, num_tokens: float) -> float:
@@ -18,11 +20,11 @@ def unique_experts(num_experts: int, top_k: int, num_tokens: float) -> float:
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
-def marginals(counts: Sequence[int], top_k: int) -> list[float]:
-    """p_e, how likely a token picks expert e; they sum to `top_k`. Counted shares above 1 are not possible: clipped."""
+def marginals(counts: Sequence[int], top_k: int) -> tuple[float, ...]:
+    """p_e, how likely a token picks expert e; they sum to `top_k` (a share above 1 is not possible and is clipped)."""
     total = sum(counts)
     check(total > 0, "a routing profile has a layer without counts; record it on some text first")
-    return [min(1.0, top_k * value / total) for value in counts]
+    return tuple(min(1.0, top_k * value / total) for value in counts)
 
 
 def unique_from_marginals(shares: Sequence[float], num_tokens: float) -> float:
@@ -30,57 +32,116 @@ def unique_from_marginals(shares: Sequence[float], num_tokens: float) -> float:
     return sum(1.0 - (1.0 - share) ** num_tokens for share in shares)
 
 
-def profile_unique(profile: RoutingProfile, num_tokens: float) -> float:
-    """U(B) of a profile, mean over its layers."""
-    layers = [unique_from_marginals(marginals(row, profile.top_k), num_tokens) for row in profile.counts.values()]
-    return sum(layers) / len(layers)
+@dataclass(frozen=True)
+class Routed:
+    """The routing of one kind of MoE layer: uniform, or the marginals of the profile's layers (`layers`)."""
+
+    num_experts: int
+    top_k: int
+    layers: tuple[tuple[float, ...], ...] = ()
+
+    @staticmethod
+    def of(num_experts: int, top_k: int, profile: RoutingProfile | None) -> Routed:
+        """Raises ConfigError if the profile is of a model with other experts."""
+        if profile is None:
+            return Routed(num_experts, top_k)
+        check(
+            (profile.num_experts, profile.top_k) == (num_experts, top_k),
+            f"the routing profile is of {profile.num_experts} experts, top {profile.top_k}, the model has "
+            f"{num_experts}, top {top_k}; record one on this model",
+        )
+        rows = profile.counts.values()
+        check(all(len(row) == num_experts for row in rows), f"a profile's layer needs {num_experts} counts")
+        return Routed(num_experts, top_k, tuple(marginals(row, top_k) for row in rows))
+
+    def unique(self, num_tokens: float) -> float:
+        """U(B), mean over the profile's layers."""
+        return _unique(self, num_tokens)
+
+    def busiest(self, num_tokens: float, num_devices: int) -> float:
+        """E[most experts awake on one of `num_devices`], experts in their order, a contiguous share each."""
+        if num_devices == 1:
+            return self.unique(num_tokens)
+        if not self.layers:
+            return uniform_max_active(self.num_experts, self.top_k, num_tokens, num_devices)
+        return _busiest(self, num_tokens, num_devices)
+
+    def imbalance(self, num_devices: int) -> float | None:
+        """Tokens on the busiest device over the mean, mean over layers; None without a profile."""
+        return _imbalance(self, num_devices) if self.layers else None
+
+    def hit_rate(self, cached: int) -> float:
+        """Share of expert reads that a cache of each layer's `cached` hottest experts answers; C / E if uniform."""
+        cached = max(0, min(cached, self.num_experts))
+        if not self.layers:
+            return cached / self.num_experts
+        rates = [sum(sorted(shares, reverse=True)[:cached]) / sum(shares) for shares in self.layers]
+        return sum(rates) / len(rates)
 
 
-def cache_hit_rate(num_experts: int, top_k: int, cached: int, profile: RoutingProfile | None = None) -> float:
-    """Share of expert reads that a cache of the `cached` hottest experts of each layer answers.
+@lru_cache(maxsize=8192)
+def _unique(routed: Routed, num_tokens: float) -> float:
+    if not routed.layers:
+        return unique_experts(routed.num_experts, routed.top_k, num_tokens)
+    return sum(unique_from_marginals(shares, num_tokens) for shares in routed.layers) / len(routed.layers)
 
-    Uniform: C / E. From a profile: the sum of the top C marginals over k, mean over its layers.
+
+@lru_cache(maxsize=2048)
+def _busiest(routed: Routed, num_tokens: float, num_devices: int) -> float:
+    most = [
+        max_active_per_device(awake_by_device(shares, place(shares, num_devices, balance=False), num_tokens))
+        for shares in routed.layers
+    ]
+    return sum(most) / len(most)
+
+
+@lru_cache(maxsize=512)
+def _imbalance(routed: Routed, num_devices: int) -> float:
+    factors = [place(shares, num_devices, balance=False).imbalance(shares) for shares in routed.layers]
+    return sum(factors) / len(factors)
+
+
+def awake_by_device(shares: Sequence[float], placement: Placement, num_tokens: float) -> list[list[float]]:
+    """For each device, how likely each expert it holds is awake in a step; a copied expert shares its tokens."""
+    copies = placement.copies(len(shares))
+    return [
+        [1.0 - (1.0 - shares[expert] / copies[expert]) ** num_tokens for expert in device]
+        for device in placement.devices
+    ]
+
+
+def max_active_per_device(awake: Sequence[Sequence[float]]) -> float:
+    """E[max over devices of experts awake]: what a step of an expert-parallel layer waits for.
+
+    Devices are taken as independent; the exact counts are negatively correlated, so this is slightly high.
     """
-    cached = max(0, min(cached, num_experts))
-    if profile is None:
-        return cached / num_experts
-    rates = []
-    for row in profile.counts.values():
-        shares = sorted(marginals(row, top_k), reverse=True)
-        rates.append(sum(shares[:cached]) / sum(shares))
-    return sum(rates) / len(rates)
-
-
-def max_active_per_device(wake: Sequence[Sequence[float]]) -> float:
-    """E[max over devices of experts awake], `wake[device]` holding each of its experts' probability of being awake.
-
-    The step of an expert-parallel layer waits for this device. Devices are taken as independent, which overstates
-    slightly: the exact counts are negatively correlated.
-    """
-    if len(wake) == 1:
-        return sum(wake[0])
-    tails: list[list[float]] = []
-    for probabilities in wake:
+    if len(awake) == 1:
+        return sum(awake[0])
+    cumulative: list[list[float]] = []
+    for probabilities in awake:
         dist = [1.0]
         for p in probabilities:
-            dist = [a * (1.0 - p) + b * p for a, b in zip([*dist, 0.0], [0.0, *dist], strict=True)]
-        tails.append(dist)
-    most = max(len(dist) for dist in tails)
-    below = [1.0] * most
-    for dist in tails:
-        running = 0.0
-        for value in range(most):
-            running += dist[value] if value < len(dist) else 0.0
-            below[value] *= min(1.0, running)
-    return sum(1.0 - chance for chance in below)
+            dist = [a * (1.0 - p) + b * p for a, b in zip([*dist, 0.0], [0.0, *dist])]
+        running, sums = 0.0, []
+        for value in dist:
+            running += value
+            sums.append(min(1.0, running))
+        cumulative.append(sums)
+    expected = 0.0
+    for value in range(max(map(len, cumulative))):
+        below = 1.0
+        for sums in cumulative:
+            below *= sums[value] if value < len(sums) else 1.0
+        expected += 1.0 - below
+    return expected
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8192)
 def uniform_max_active(num_experts: int, top_k: int, num_tokens: float, num_devices: int) -> float:
-    """`max_active_per_device` for uniform routing with the experts spread evenly (ceil(E / devices) on the fullest)."""
+    """`max_active_per_device` for uniform routing, experts spread evenly (ceil(E / devices) on the fullest)."""
     held = -(-num_experts // num_devices)
     awake = unique_experts(num_experts, top_k, num_tokens) / num_experts
-    if num_devices == 1 or held * num_devices - num_experts >= held:
+    if num_devices == 1:
         return held * awake
     below, total = 0.0, 0.0
     for value in range(held):
