@@ -275,6 +275,8 @@ def test_a_broken_file_is_a_format_error(tmp_path, content: bytes) -> None:
 def test_a_missing_tokenizer_is_a_config_error(tmp_path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer.json there"):
         Tokenizer.load(tmp_path)
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        Tokenizer.load(tmp_path / "no")
 
 
 def test_lone_surrogates_do_not_raise(tokenizer: Tokenizer) -> None:

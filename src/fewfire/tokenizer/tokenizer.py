@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fewfire.errors import ConfigError, FormatError
-from fewfire.tokenizer.files import json_bytes, read_bytes, read_json, write_file
+from fewfire.errors import FormatError
+from fewfire.tokenizer.files import json_bytes, write_file
+from fewfire.tokenizer.gguf_metadata import read_gguf
+from fewfire.tokenizer.load import read_tokenizer
 from fewfire.tokenizer.pieces import Decoding, is_control, join_pieces, piece_table, read_decoding
 
 # Names that end a text, for a bare tokenizer.json that does not say which of its tokens does.
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+# Ends of a turn, where nothing follows in any published template ("<|end|>" is none: gpt-oss goes on after it).
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|return|>", "<|call|>", "<end_of_turn>")
 
 
 class Tokenizer:
@@ -53,20 +57,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json, or a folder that holds one (and its tokenizer_config.json).
+        """From a file, or a folder that holds one: tokenizer.json, a SentencePiece or tiktoken model, vocab.json with
+        merges.txt; with the tokenizer_config.json and chat template beside it.
 
         Raises: ConfigError where there is none, FormatError where it cannot be understood.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ConfigError(f"{path}: no tokenizer.json there; name the file, or the folder that holds it")
-        config_file = file.with_name("tokenizer_config.json")
-        config = read_json(config_file) if config_file.is_file() else {}
-        template = file.with_name("chat_template.jinja")
-        if template.is_file():
-            config["chat_template"] = read_bytes(template).decode("utf-8", "replace")
-        return cls._checked(read_json(file), config, str(file))
+        definition, config, file = read_tokenizer(Path(path))
+        return cls._checked(definition, config, str(file))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source: str | None = None) -> Tokenizer:
+        """From the metadata of a GGUF file, as plain Python values under the file's keys; `source` names it in errors.
+
+        Raises: FormatError where keys are missing or the kind of tokenizer is not known.
+        """
+        definition, config = read_gguf(metadata, source)
+        return cls._checked(definition, config, source)
 
     @classmethod
     def from_json(cls, text: str, config: dict[str, Any] | None = None) -> Tokenizer:
@@ -135,6 +141,13 @@ class Tokenizer:
         if named is not None or "eos_token" in self.config:
             return named
         return next((self._vocabulary[name] for name in _USUAL_ENDS if name in self._vocabulary), None)
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """Every id after which a model has said what it had to say: the end of text, of a turn, of a message."""
+        usual = (self._vocabulary.get(name) for name in (*_USUAL_ENDS, *_TURN_ENDS))
+        found = {self.eos_token_id, *self.config.get("end_token_ids", ()), *(i for i in usual if i in self.control_ids)}
+        return frozenset(token_id for token_id in found if token_id is not None)
 
     @property
     def bos_token_id(self) -> int | None:
