@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny_hub
 import torch
+from oracle import reference
+from oracle.specs import SPECS, SWITCH_SPECS
 from safetensors.torch import load_file
 
 from fewfire import api
@@ -123,3 +126,35 @@ def test_refusals(tmp_path):
     (tmp_path / "empty").mkdir()
     api.export(source, tmp_path / "empty")
     assert (tmp_path / "empty/model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ every family
+
+EVERY = {**SPECS, **SWITCH_SPECS}
+# What our folders leave out: tables that the config determines, the tower that only images need.
+LEFT_OUT = {
+    "minimax": r".*self_attn\.(diagonal_decay|key_decay|query_decay|slope_rate)",
+    "qwen3_vl_moe": r"model\.visual\..*",
+}
+
+
+@torch.no_grad()
+def logits_of(model, name: str) -> torch.Tensor:
+    options = {"decoder_input_ids": reference.token_ids(9, name)} if name in SWITCH_SPECS else {}
+    return model(input_ids=reference.token_ids(EVERY[name].length, name), use_cache=False, **options).logits
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_family_goes_out_as_it_came_in_and_loads_in_transformers(name, tmp_path):
+    theirs = reference.make_model(EVERY[name])
+    source = tiny_hub.save(theirs, tmp_path / "source")
+    api.export(source, tmp_path / "out")
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    left_out = {key for key in before if re.fullmatch(LEFT_OUT.get(name, "$^"), key)}
+    assert before.keys() - after.keys() == left_out and not after.keys() - before.keys()
+    for key, values in after.items():
+        assert values.dtype == before[key].dtype and values.equal(before[key]), key
+    back, info = tiny_hub.load_as(type(theirs), tmp_path / "out")
+    assert set(info["missing_keys"]) <= left_out and not info["unexpected_keys"] and not info["mismatched_keys"]
+    # equal weights; float32 sums may be ordered otherwise where the memory is aligned otherwise
+    torch.testing.assert_close(logits_of(back, name), logits_of(theirs, name), atol=1e-5, rtol=0)

@@ -59,10 +59,15 @@ def load(folder: Path) -> Any:
     """What transformers makes of a folder; fails where it misses or ignores a tensor."""
     from transformers import AutoModelForCausalLM
 
+    model, info = load_as(AutoModelForCausalLM, folder)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    return model
+
+
+def load_as(kind: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """(model, what transformers says about its tensors); eager attention and experts."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", attn_implementation="eager", output_loading_info=True
-        )
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-    return model.eval()
+        model, info = kind.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
+        model.set_experts_implementation("eager")
+    return model.eval(), info
