@@ -1,12 +1,15 @@
 """Every family's logits against transformers on tiny random checkpoints, and the proof that each term is seen."""
 
+import re
+
 import pytest
 import torch
-from oracle import reference, subject
+from oracle import grok, reference, subject
 from oracle.specs import SPECS, SWITCH_SPECS
+from oracle.teeth import CASES, TEETH
 
 TOLERANCE = 1e-4  # absolute, on float32 logits of order 1; about 5e-6 is seen
-ALL = {**SPECS, **SWITCH_SPECS}
+ALL = [*SPECS, *SWITCH_SPECS, "grok"]
 _made = {}
 
 
@@ -16,8 +19,10 @@ def pair(request, tmp_path_factory):
     name = request.param
     if name not in _made:
         folder = tmp_path_factory.mktemp(name)
-        run = reference.run_encoder_decoder if name in SWITCH_SPECS else reference.run
-        oracle = run(name, ALL[name], folder)
+        if name in SWITCH_SPECS:
+            oracle = reference.run_encoder_decoder(name, SWITCH_SPECS[name], folder)
+        else:
+            oracle = grok.run(folder) if name == "grok" else reference.run(name, SPECS[name], folder)
         _made[name] = oracle, subject.load(folder)
     return _made[name]
 
@@ -44,3 +49,31 @@ def test_decode_with_cache(pair):
 def test_batch_with_padding(pair):
     oracle, model = pair
     assert error(subject.padded(model, oracle), oracle.padded) < TOLERANCE
+
+
+@pytest.mark.parametrize(("pair", "term"), CASES, indirect=["pair"], ids=lambda value: str(value).replace(" ", "_"))
+def test_a_broken_term_is_seen(pair, term, request):
+    oracle, model = pair
+    name = request.node.callspec.params["pair"]
+    broken = subject.rebuild(model, TEETH[name][term](model.config))
+    assert error(subject.prefill(broken, oracle), oracle.prefill) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("pair", ALL, indirect=True)
+def test_every_tensor_is_seen(pair):
+    """Each kind of tensor, moved a little in all layers, moves the logits: none is loaded and then not used."""
+    oracle, model = pair
+    state = model.state_dict()
+    kinds = {re.sub(r"\d+", "N", name) for name in state}
+    if model.config.family == "gpt2":  # without a rope it adds the same to all scores of a query
+        kinds.remove("layers.N.attention.k.bias")
+    for kind in sorted(kinds):
+        with torch.no_grad():
+            names = [name for name in state if re.sub(r"\d+", "N", name) == kind]
+            before = [state[name].clone() for name in names]
+            for name in names:
+                state[name].add_(torch.randn(state[name].shape, generator=reference.generator(name)) * 0.5)
+            moved = error(subject.prefill(model, oracle), oracle.prefill)
+            for name, values in zip(names, before):
+                state[name].copy_(values)
+        assert moved > 10 * TOLERANCE, kind

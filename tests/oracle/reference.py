@@ -73,9 +73,9 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
 
 def fan_in(name: str, values: Tensor, config: Any) -> int:
     """What keeps activations and logits of order 1: a table that is the head too is drawn as a head."""
-    table = any(part in name for part in ("embed_tokens", "wte", "wpe", "shared.weight"))
-    if table and not getattr(config, "tie_word_embeddings", False):
-        return 1
+    table = any(part in name for part in ("embed_tokens", "wte", "wpe"))
+    if name == "shared.weight" or (table and not getattr(config, "tie_word_embeddings", False)):
+        return 1  # T5 scales its tied head
     return values.shape[-1]
 
 
@@ -144,7 +144,7 @@ def cached(model: Any, ids: Tensor, spec: Spec) -> Tensor:
 
 @torch.no_grad()
 def run_encoder_decoder(name: str, spec: Spec, folder: Path) -> Oracle:
-    """The same for an encoder-decoder: `extra` holds the encoder's ids and mask. Right padding, as T5's tokenizer pads."""
+    """The same for an encoder-decoder: `extra` holds the encoder's ids. Padding is on the right, as in T5."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from transformers.modeling_outputs import MoEModelOutput

@@ -65,6 +65,18 @@ SWITCH = {
     "relative_attention_num_buckets": 8,
     "decoder_start_token_id": 0,
 }
+JAMBA = {
+    **BASE,
+    "num_hidden_layers": 4,
+    "intermediate_size": 24,
+    "num_experts": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+}
 
 
 def causal(prefix: str, values: dict[str, Any], **more: Any) -> Spec:
@@ -228,12 +240,12 @@ SPECS: dict[str, Spec] = {
             "swiglu_limit": 0.8,
             "rope_parameters": {
                 "rope_type": "yarn",
-                "rope_theta": 150000.0,
+                "rope_theta": 300.0,
                 "factor": 32.0,
                 "beta_fast": 32.0,
                 "beta_slow": 1.0,
                 "truncate": False,
-                "original_max_position_embeddings": 16,
+                "original_max_position_embeddings": 64,
             },
         },
     ),
@@ -343,21 +355,12 @@ SPECS: dict[str, Spec] = {
             "attention_chunk_size": 6,
         },
     ),
-    "jamba": causal(
+    "jamba": causal("Jamba", JAMBA),
+    "jamba-biases": causal(
         "Jamba",
-        {
-            **BASE,
-            "num_hidden_layers": 4,
-            "intermediate_size": 24,
-            "num_experts": 4,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
-            "mamba_proj_bias": True,
-        },
+        {**JAMBA, "mamba_proj_bias": True, "mamba_conv_bias": False},
+        padding="alone",
+        note="the input projection's bias enters the convolution at padding",
     ),
     "qwen3_vl_moe": Spec(
         "Qwen3VLMoeForConditionalGeneration",

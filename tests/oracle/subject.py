@@ -24,7 +24,7 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-def alter(node: Any, kind: type, **changes: Any) -> Any:
+def alter(node: Any, kind: type, /, **changes: Any) -> Any:
     """A config with `changes` in every part of type `kind`."""
     if isinstance(node, tuple):
         return tuple(alter(item, kind, **changes) for item in node)
