@@ -1,4 +1,4 @@
-"""Names, shapes, dtypes and places of tensors, from file headers alone. No tensor data, no torch.
+"""Headers of safetensors files and the index of a folder of them.
 
 A header is believed only after it was checked against the size of its file.
 """
