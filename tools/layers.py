@@ -21,8 +21,8 @@ LAYERS: dict[str, float] = {
     **dict.fromkeys(("checkpoints", "kernels", "balance", "data", "_native"), 2.5),
     "model": 3,
     "runtime": 4,
-    **dict.fromkeys(("train", "trace", "quantize", "evaluate", "bench", "demo", "export"), 5),
-    "api": 6,
+    **dict.fromkeys(("train", "trace", "quantize", "evaluate", "bench", "export"), 5),
+    **dict.fromkeys(("api", "demo"), 6),
     "serve": 7,
     **dict.fromkeys(("cli", "__main__"), 8),
 }
@@ -31,6 +31,7 @@ LAYERS: dict[str, float] = {
 SIBLINGS = {
     ("config", "errors"),
     ("sizes", "errors"),
+    ("demo", "api"),
     ("plan", "families"),
     ("plan", "headers"),
     ("kernels", "_native"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewfire.checkpoints.atomic import refuse_occupied
 from fewfire.checkpoints.hub import read_eos_ids, save_hub
-from fewfire.config import ModelConfig, check
+from fewfire.config import ModelConfig, cache_folder, check
 from fewfire.errors import ConfigError
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
@@ -272,14 +272,8 @@ def locate(model: str | Path) -> Path:
 
 
 def _demo_folder() -> Path:
-    missing = ConfigError("there is no demo model yet; run `fewfire demo` to train it")
-    try:
-        from fewfire.train.demo import demo_folder  # only this name needs the training side
-    except ModuleNotFoundError:
-        raise missing from None
-    folder = demo_folder()
-    if not (folder / "config.json").is_file():
-        raise missing
+    folder = cache_folder() / "demo" / "model"
+    check((folder / "config.json").is_file(), "there is no demo model yet; run `fewfire demo` to train it")
     return folder
 
 

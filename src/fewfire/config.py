@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, Union
 
 from fewfire.errors import ConfigError
@@ -21,6 +22,12 @@ Score = Literal["softmax", "softmax_selected", "sigmoid", "sigmoid_selected", "s
 def environment(name: str, default: str = "") -> str:
     """The one place where `os.environ` is read. Names in use: FEWFIRE_CACHE, FEWFIRE_ISA."""
     return os.environ.get(name, default)
+
+
+def cache_folder() -> Path:
+    """Where fewfire keeps what it can make again: FEWFIRE_CACHE, else ~/.cache/fewfire. Not created here."""
+    chosen = environment("FEWFIRE_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "fewfire"
 
 
 def check(condition: bool, message: str) -> None:

@@ -29,6 +29,8 @@ class Verb(NamedTuple):
 
 # In the order of `fewfire --help`. A verb is listed once it exists.
 VERBS: dict[str, Verb] = {
+    "demo": Verb("demo", "demo", "The whole way on a model trained here and now, offline, in minutes"),
+    "train": Verb("train", "train", "Pretrain or fine-tune from a TOML file; goes on where it stopped"),
     "generate": Verb("generate", "generate", "Go on from a prompt, in the terminal or as JSON"),
     "export": Verb("export", "export", "Write a model in hub layout, as transformers loads it"),
     "plan": Verb("plan", "plan", "Total and active parameters, memory, fit, speed, cost of a model"),
