@@ -1,13 +1,12 @@
 """Hub configs and tensor tables against transformers' own: what its classes save is read, what we write it accepts.
 
-A tiny random model of each family is saved by transformers; the tensor table must name every tensor of the file, with its
-shape, and carry every value to our parameters and back, bit for bit.
+A tiny random model of each family is saved by transformers; the tensor table must name every tensor of the file, with
+its shape, and carry every value to our parameters and back, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,6 @@ import numpy as np
 import pytest
 
 from fewfire import families
-from fewfire.config import FeedForwardConfig, MoEConfig
-from fewfire.errors import ConfigError
 from fewfire.families.parameters import parameters
 
 SIZES = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
@@ -38,11 +35,21 @@ MLA = dict(
     first_k_dense_replace=1,
 )
 YARN = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=40.0, mscale=0.7, mscale_all_dim=0.5, beta_fast=32.0, beta_slow=1.0,
+    rope_type="yarn",
+    rope_theta=10000.0,
+    factor=40.0,
+    mscale=0.7,
+    mscale_all_dim=0.5,
+    beta_fast=32.0,
+    beta_slow=1.0,
     original_max_position_embeddings=32,
 )
 LLAMA3 = dict(
-    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
 LONG = dict(
@@ -51,8 +58,8 @@ LONG = dict(
 )  # fmt: skip
 QWEN = dict(KV, head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, intermediate_size=64)
 VISION = dict(
-    depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, patch_size=4, num_position_embeddings=64,
-    deepstack_visual_indexes=[0, 1],
+    depth=2, hidden_size=32, num_heads=2, intermediate_size=48, out_hidden_size=32, patch_size=4,
+    num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
 )  # fmt: skip
 
 # name -> (transformers' config class, its model class, keyword arguments)
@@ -68,7 +75,8 @@ CASES = {
         "GPT2Config",
         "GPT2LMHeadModel",
         dict(
-            vocab_size=96, n_positions=64, n_embd=32, n_layer=3, n_head=4, n_inner=40, scale_attn_by_inverse_layer_idx=True
+            vocab_size=96, n_positions=64, n_embd=32, n_layer=3, n_head=4, n_inner=40,
+            scale_attn_by_inverse_layer_idx=True,
         ),
     ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(KV, intermediate_size=48, num_local_experts=4)),
@@ -91,24 +99,47 @@ CASES = {
         ),
     ),
     "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(QWEN, norm_topk_prob=True)),
-    "qwen3_moe-mixed": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(QWEN, decoder_sparse_step=2, attention_bias=True)),
+    "qwen3_moe-mixed": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        dict(QWEN, decoder_sparse_step=2, attention_bias=True),
+    ),
     "qwen3_next": (
         "Qwen3NextConfig",
         "Qwen3NextForCausalLM",
         dict(
-            QWEN, num_hidden_layers=4, shared_expert_intermediate_size=24, linear_num_key_heads=2, linear_key_head_dim=8,
-            linear_num_value_heads=4, linear_value_head_dim=8, mlp_only_layers=[2],
+            QWEN, num_hidden_layers=4, shared_expert_intermediate_size=24, linear_num_key_heads=2,
+            linear_key_head_dim=8, linear_num_value_heads=4, linear_value_head_dim=8, mlp_only_layers=[2],
         ),
     ),
-    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", dict(KV, intermediate_size=24, num_experts=6, num_experts_per_tok=2, clip_qkv=1.5)),
+    "olmoe": (
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        dict(KV, intermediate_size=24, num_experts=6, num_experts_per_tok=2, clip_qkv=1.5),
+    ),
     "deepseek_v2": (
         "DeepseekV2Config",
         "DeepseekV2ForCausalLM",
-        dict(MLA, n_group=4, topk_group=2, topk_method="group_limited_greedy", rope_parameters=YARN, attention_bias=True),
+        dict(
+            MLA, n_group=4, topk_group=2, topk_method="group_limited_greedy", rope_parameters=YARN,
+            attention_bias=True,
+        ),
     ),
-    "deepseek_v2-lite": ("DeepseekV2Config", "DeepseekV2ForCausalLM", dict(MLA, q_lora_rank=None, topk_method="greedy")),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(MLA, n_group=2, topk_group=1, rope_parameters=YARN)),
-    "deepseek_v3-half": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(MLA, n_group=1, topk_group=1, rope_interleave=False)),
+    "deepseek_v2-lite": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        dict(MLA, q_lora_rank=None, topk_method="greedy"),
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        dict(MLA, n_group=2, topk_group=1, rope_parameters=YARN),
+    ),
+    "deepseek_v3-half": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        dict(MLA, n_group=1, topk_group=1, rope_interleave=False),
+    ),
     "deepseek_v32": (
         "DeepseekV32Config",
         "DeepseekV32ForCausalLM",
@@ -138,7 +169,10 @@ CASES = {
     "phimoe": (
         "PhimoeConfig",
         "PhimoeForCausalLM",
-        dict(KV, intermediate_size=24, num_local_experts=6, attention_bias=True, lm_head_bias=True, rope_parameters=LONG),
+        dict(
+            KV, intermediate_size=24, num_local_experts=6, attention_bias=True, lm_head_bias=True,
+            rope_parameters=LONG,
+        ),
     ),
     "granitemoe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", dict(
         KV, intermediate_size=24, num_local_experts=6, embedding_multiplier=12.0, logits_scaling=7.0,

@@ -16,17 +16,21 @@ from typing import Any
 from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError
 from fewfire.families.reader import Reader
+from fewfire.families.stored import Stored, StoredPart, stored_forms
 from fewfire.families.tensors import HubTensor, Piece, part
 
 __all__ = [
     "HubTensor",
+    "StoredPart",
     "Piece",
+    "Stored",
     "ignored_tensors",
     "known",
     "layouts",
     "match",
     "part",
     "read_config",
+    "stored_forms",
     "tensors",
     "write_config",
 ]

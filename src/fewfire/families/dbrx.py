@@ -26,11 +26,11 @@ def read(hub: Reader) -> ModelConfig:
         section.skip("pad_token_id", "decoder_start_token_id", "uniform_expert_assignment", "moe_loss_weight")
         section.close()
     hub.expect("num_key_value_heads", attention.num_kv_heads)
-    layers = (LayerConfig(attention, moe),) * hub.integer("n_layers", "num_hidden_layers", minimum=1)
+    total = hub.integer("n_layers", "num_hidden_layers", minimum=1, maximum=common.MAX_LAYERS)
     return common.read_model(
         hub,
         "dbrx",
-        layers,
+        (LayerConfig(attention, moe),) * total,
         NormConfig("layer", 1e-5),
         model_dim=hub.integer("d_model", "hidden_size", minimum=1),
         max_context=hub.integer("max_seq_len", "max_position_embeddings", minimum=1),

@@ -24,6 +24,8 @@ from fewfire.families.reader import Reader, read_format, read_tokens, write_form
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k", "moe_topk")
 
+MAX_LAYERS = 10_000  # a broken file must not fill the memory
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -91,7 +93,7 @@ def context(hub: Reader) -> int:
 
 
 def num_layers(hub: Reader) -> int:
-    return hub.integer("num_hidden_layers", minimum=1)
+    return hub.integer("num_hidden_layers", minimum=1, maximum=MAX_LAYERS)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

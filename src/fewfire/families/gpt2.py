@@ -28,7 +28,7 @@ def read(hub: Reader) -> ModelConfig:
     ffn = FeedForwardConfig(width, common.read_activation(hub, "activation_function", default="gelu_new"), False, True)
     layers = tuple(
         LayerConfig(_attention(heads, head_dim, scale / (index + 1) if by_layer else scale), ffn)
-        for index in range(hub.integer("n_layer", "num_hidden_layers", minimum=1))
+        for index in range(hub.integer("n_layer", "num_hidden_layers", minimum=1, maximum=common.MAX_LAYERS))
     )
     return common.read_model(
         hub,

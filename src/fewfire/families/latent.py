@@ -193,8 +193,11 @@ def with_mtp(hub: Reader, config: ModelConfig, *, copies: bool) -> ModelConfig:
     number = hub.integer("num_nextn_predict_layers", "num_mtp_layers", default=0)
     if not number:
         return config
-    dim = config.model_dim
-    size = count(layer_parameters(config.layers[-1], config)) + 3 * dim + 2 * dim * dim
+    dim, layer = config.model_dim, config.layers[-1]
+    mixer = layer.mixer
+    if isinstance(mixer, LatentAttentionConfig) and mixer.indexer is not None:  # its indexer is its own
+        layer = replace(layer, mixer=replace(mixer, indexer=replace(mixer.indexer, shared=False)))
+    size = count(layer_parameters(layer, config)) + 3 * dim + 2 * dim * dim
     size += 2 * config.vocab_size * dim if copies else 0
     return replace(config, mtp=MtpConfig(number, number * size))
 

@@ -20,6 +20,9 @@ def read(hub: Reader) -> ModelConfig:
     window = common.read_window(hub) if sliding else None
     hub.skip("sliding_window", "max_window_layers")
     attention = common.read_attention(hub, rope, qk_norm="head", window=window, **common.read_bias(hub))
+    hub.expect("use_qk_norm", True)
+    hub.expect("qkv_bias", False)
+    hub.expect("shared_expert_intermediate_size", 0)
     router = RouterConfig(
         num_experts=hub.integer(*common.EXPERTS),
         top_k=hub.integer(*common.TOP_K),

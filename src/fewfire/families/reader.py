@@ -71,16 +71,16 @@ class Reader:
         """Whether `name` is present and not null (does not mark it as used)."""
         return self.hub.get(name) is not None
 
-    def integer(self, *names: str, default: Any = _MISSING, minimum: int = 0) -> Any:
-        """A whole number of at least `minimum` (a default is returned as it is, None included)."""
-        expected = f"a whole number of at least {minimum}"
+    def integer(self, *names: str, default: Any = _MISSING, minimum: int = 0, maximum: int = 2**40) -> Any:
+        """A whole number from `minimum` to `maximum` (a default is returned as it is, None included)."""
+        expected = f"a whole number of at least {minimum} and at most {maximum}"
         value = self.get(*names, default=default, expected=expected)
         if value is default and default is not _MISSING:
             return value
         whole = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, float) and value.is_integer():
             value, whole = int(value), True
-        if not whole or value < minimum:
+        if not whole or not minimum <= value <= maximum:
             self._refuse(names, value, expected)
         return value
 

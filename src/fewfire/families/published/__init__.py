@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from fewfire.config import ModelConfig
@@ -18,6 +18,8 @@ from fewfire.errors import ConfigError
 from fewfire.families import read_config
 
 __all__ = ["NotPublished", "Published", "find", "hub_config", "load", "names", "not_published"]
+
+_FOLDER = Path(__file__).parent
 
 ActiveCounts = Literal["all", "without_embedding", "without_embedding_and_head"]
 
@@ -91,8 +93,7 @@ def load(name: str) -> ModelConfig:
 
 def hub_config(name: str) -> dict[str, Any]:
     """The hub-form config.json of a published model, as we wrote it down. Raises: as `load`."""
-    text = (files(__package__) / f"{_key(name)}.json").read_text(encoding="utf-8")
-    hub: dict[str, Any] = json.loads(text)
+    hub: dict[str, Any] = json.loads((_FOLDER / f"{_key(name)}.json").read_text(encoding="utf-8"))
     return hub
 
 
@@ -103,7 +104,7 @@ def _load(key: str) -> ModelConfig:
 
 @cache
 def _tables() -> tuple[dict[str, Published], dict[str, NotPublished]]:
-    data = tomllib.loads((files(__package__) / "models.toml").read_text(encoding="utf-8"))
+    data = tomllib.loads((_FOLDER / "models.toml").read_text(encoding="utf-8"))
     published = {
         name: Published(name=name, **{**entry, "notes": tuple(entry.get("notes", ()))})
         for name, entry in data["models"].items()
