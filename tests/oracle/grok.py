@@ -30,7 +30,7 @@ CONFIG = {
     "max_attn_value": 1.5,
     "attn_output_multiplier": 0.6,
     "embedding_multiplier_scale": 3.7,
-    "output_multiplier_scale": 0.57,
+    "output_multiplier_scale": 2.57,
     "rms_norm_eps": 0.05,  # the norm behind the experts hides a common factor of their weights but for its eps
     "tie_word_embeddings": True,
 }
@@ -59,8 +59,7 @@ def write(folder: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, shape in shapes().items():
         draw = torch.randn(shape, generator=generator(name))
-        spread = 3.0 if name.endswith("linear.weight") else 1.0  # far from zero the two forms of GELU differ more
-        tensors[name] = 1 + 0.2 * draw if name.endswith("scale") else draw * spread * shape[-1] ** -0.5
+        tensors[name] = 1 + 0.2 * draw if name.endswith("scale") else draw * shape[-1] ** -0.5
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG))

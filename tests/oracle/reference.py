@@ -5,8 +5,10 @@ Every tensor is drawn anew from a seed made of the seed and its name, so that no
 
 from __future__ import annotations
 
+import json
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ class Spec:
     length: int = 16
     note: str = ""
     explicit_positions: bool = True
+    rewrite: Callable[[Path], None] | None = None  # what is done to the saved folder before it is loaded
 
 
 @dataclass
@@ -110,6 +113,25 @@ def make_model(spec: Spec, seed: int = 0) -> Any:
     return model
 
 
+def transpose_experts(folder: Path) -> None:
+    """Experts as (E, in, out), the way in which Qwen3-VL's published files hold them."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    turned = {
+        name: values.transpose(1, 2).contiguous() if ".mlp.experts." in name else values
+        for name, values in tensors.items()
+    }
+    save_file(turned, folder / "model.safetensors", {"format": "pt"})
+
+
+def call_it_kimi(folder: Path) -> None:
+    """Kimi-K2 is DeepSeek-V3 under another model_type."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}))
+
+
 @torch.no_grad()
 def run(name: str, spec: Spec, folder: Path) -> Oracle:
     """Build, save in hub layout, compute."""
@@ -117,6 +139,8 @@ def run(name: str, spec: Spec, folder: Path) -> Oracle:
         warnings.simplefilter("ignore")
         model = make_model(spec)
         model.save_pretrained(folder)
+        if spec.rewrite is not None:
+            spec.rewrite(folder)
         ids = token_ids(spec.length, name)
         prefill = model(ids, use_cache=False).logits
         decode = cached(model, ids, spec)

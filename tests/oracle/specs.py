@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oracle.reference import VOCAB, Spec
+from oracle.reference import VOCAB, Spec, call_it_kimi, transpose_experts
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
 BASE: dict[str, Any] = {
@@ -77,6 +77,33 @@ JAMBA = {
     "mamba_d_state": 8,
     "mamba_dt_rank": 4,
 }
+
+
+VISION: tuple[str, str, dict[str, Any]] = (
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3VLMoeConfig",
+    {
+        "text_config": {
+            **QWEN,
+            "vocab_size": VOCAB,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        "image_token_id": 90,
+        "video_token_id": 91,
+        "vision_start_token_id": 92,
+        "vision_end_token_id": 93,
+    },
+)
 
 
 def causal(prefix: str, values: dict[str, Any], **more: Any) -> Spec:
@@ -362,32 +389,9 @@ SPECS: dict[str, Spec] = {
         padding="alone",
         note="the input projection's bias enters the convolution at padding",
     ),
-    "qwen3_vl_moe": Spec(
-        "Qwen3VLMoeForConditionalGeneration",
-        "Qwen3VLMoeConfig",
-        {
-            "text_config": {
-                **QWEN,
-                "vocab_size": VOCAB,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-            },
-            "vision_config": {
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_heads": 2,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0],
-            },
-            "image_token_id": 90,
-            "video_token_id": 91,
-            "vision_start_token_id": 92,
-            "vision_end_token_id": 93,
-        },
-        explicit_positions=False,
-    ),
+    "qwen3_vl_moe": Spec(*VISION, explicit_positions=False),
+    "qwen3_vl_moe-transposed": Spec(*VISION, explicit_positions=False, rewrite=transpose_experts),
+    "kimi_k2": causal("DeepseekV3", {**MLA, "n_group": 1, "topk_group": 1}, rewrite=call_it_kimi),
 }
 
 SWITCH_SPECS: dict[str, Spec] = {

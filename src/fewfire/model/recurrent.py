@@ -29,8 +29,7 @@ class Lstm(nn.Module):
         bound = hidden**-0.5
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden, model_dim).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden).uniform_(-bound, bound))
-        self.bias_ih = nn.Parameter(torch.zeros(4 * hidden))
-        self.bias_hh = nn.Parameter(torch.zeros(4 * hidden))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden))
         self.out = None if hidden == model_dim else nn.Linear(hidden, model_dim, bias=False)
 
     def forward(self, x_BTD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
@@ -38,7 +37,7 @@ class Lstm(nn.Module):
         states = [state_of(cache, name) for name in ("hidden", "cell")]
         hidden_BH, cell_BH = (x_BTD.new_zeros((x_BTD.shape[0], self.hidden_dim)) if s is None else s for s in states)
         if context.real_BT is None:
-            weights = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            weights = (self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias))
             start = (hidden_BH[None], cell_BH[None])
             y_BTH, hidden_1BH, cell_1BH = torch.lstm(x_BTD, start, weights, True, 1, 0.0, self.training, False, True)
             hidden_BH, cell_BH = hidden_1BH[0], cell_1BH[0]
@@ -56,8 +55,7 @@ class Lstm(nn.Module):
 
     def step(self, x_BD: Tensor, hidden_BH: Tensor, cell_BH: Tensor) -> tuple[Tensor, Tensor]:
         """One token by the definition: the new (hidden, cell)."""
-        gates = nn.functional.linear(x_BD, self.weight_ih, self.bias_ih)
-        gates = gates + nn.functional.linear(hidden_BH, self.weight_hh, self.bias_hh)
+        gates = nn.functional.linear(x_BD, self.weight_ih, self.bias) + nn.functional.linear(hidden_BH, self.weight_hh)
         enter, forget, candidate, leave = gates.chunk(4, dim=-1)
         cell_BH = torch.sigmoid(forget) * cell_BH + torch.sigmoid(enter) * torch.tanh(candidate)
         return torch.sigmoid(leave) * torch.tanh(cell_BH), cell_BH
