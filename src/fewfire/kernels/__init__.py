@@ -1,12 +1,13 @@
 """The one door to native code: a kernel validates shapes and dtypes once, picks native or reference, and calls it."""
 
 from fewfire.kernels.activation import swiglu_backward, swiglu_forward
-from fewfire.kernels.isa import current_isa, set_isa, supported_isas
+from fewfire.kernels.isa import current_isa, keep_freed_memory, set_isa, supported_isas
 from fewfire.kernels.selection import group_by_expert, top_k
 
 __all__ = [
     "current_isa",
     "group_by_expert",
+    "keep_freed_memory",
     "set_isa",
     "supported_isas",
     "swiglu_backward",

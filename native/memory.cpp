@@ -1,0 +1,20 @@
+#include "memory.hpp"
+
+#include <cstdlib>
+
+#ifdef __GLIBC__
+#include <limits.h>
+#include <malloc.h>
+#endif
+
+namespace fewfire {
+
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+    return mallopt(M_MMAP_MAX, 0) == 1 && mallopt(M_TRIM_THRESHOLD, INT_MAX) == 1;
+#else
+    return false;
+#endif
+}
+
+}  // namespace fewfire
