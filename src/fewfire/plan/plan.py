@@ -127,7 +127,7 @@ class Plan:
         return document
 
     def _memory_json(self) -> dict[str, Any]:
-        weights, cache = self.weights, self.cache
+        weights, cache, subject = self.weights, self.cache, self.subject
         memory: dict[str, Any] = {
             "quant": self.quant,
             "weights_bytes": weights.total,
@@ -136,6 +136,8 @@ class Plan:
             "experts_bytes": weights.experts,
             "trunk_bytes": weights.trunk,
             "by_class": weights.by_class,
+            "on_disk_bytes": subject.stored.total_bytes if subject.stored else subject.disk_bytes,
+            "stored_types": subject.stored.types if subject.stored else None,
             "kv_cache_bytes": cache.sequence * self.batch,
             "kv_cache_bytes_per_token": cache.per_token,
             "kv_cache_bytes_per_sequence": cache.sequence,
@@ -228,7 +230,7 @@ def plan(
     check(batch is None or 1 <= batch <= 10**7, f"batch ({batch}) must be between 1 and 10000000 sequences")
     check(0.0 <= output_share <= 1.0, f"output share ({output_share}) must be between 0 and 1")
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
-    work = Workload.of(subject.config, formats, context, routing)
+    work = Workload.of(subject.config, formats, context, routing, stored=subject.stored)
     size = batch or 1
     machines = [
         plan_machine(work, system, batch=size, full_batch=batch, assume=assume, output_share=output_share)

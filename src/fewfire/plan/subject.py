@@ -5,16 +5,19 @@ The only file of the planner that knows where models come from.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from fewfire.config import ModelConfig
-from fewfire.errors import ConfigError, FormatError
+from fewfire.errors import ConfigError
 from fewfire.families import published, read_config
 from fewfire.families.published import NotPublished
+from fewfire.headers import read_gguf
 from fewfire.plan.bare import ASSUMED, bare_model, is_bare_size
+from fewfire.plan.checkpoint import Stored, explain_gap, read_stored, read_stored_gguf
 from fewfire.plan.count import Counts, count
+from fewfire.plan.gguf import config_of_gguf
+from fewfire.plan.hub import fetch_config, is_hub_id, read_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Subject:
     exact_total: int | None = None
     hub_id: str | None = None
     licence: str | None = None
+    stored: Stored | None = None
+    disk_bytes: int | None = None
     explained: tuple[str, ...] = ()
 
 
@@ -49,8 +54,12 @@ def not_published(model: object) -> NotPublished | None:
     return families.get(family) if family in ("gemini", "claude") else None
 
 
-def resolve(model: str | Path | ModelConfig) -> Subject:
-    """A Subject from what users write. Raises ConfigError with the nearest names, or the status of a closed model."""
+def resolve(model: str | Path | ModelConfig, *, ignore: tuple[str, ...] = ()) -> Subject:
+    """A Subject from what users write: a published name, a bare size, a folder, a .gguf file, a hub id, a ModelConfig.
+
+    `ignore`: keys of a config.json to leave aside. Raises ConfigError with the nearest names, or the status of a
+    closed model; FormatError on damaged headers.
+    """
     if isinstance(model, ModelConfig):
         return Subject(model.family, model, count(model))
     text = str(model)
@@ -60,9 +69,13 @@ def resolve(model: str | Path | ModelConfig) -> Subject:
     if is_bare_size(text):
         config, counts = bare_model(text)
         return Subject(text.strip().lower(), config, counts, explained=(ASSUMED,))
-    folder = Path(text)
-    if folder.is_dir() or folder.name == "config.json":
-        return _from_folder(folder)
+    path = Path(text)
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.is_dir() or path.name == "config.json":
+        return _from_folder(path, ignore)
+    if is_hub_id(text) and not path.exists():
+        return _from_hub(text, ignore)
     return published_subject(text)
 
 
@@ -86,13 +99,34 @@ def published_subject(name: str) -> Subject:
     )
 
 
-def _from_folder(folder: Path) -> Subject:
-    path = folder if folder.name == "config.json" else folder / "config.json"
-    try:
-        hub = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a folder with a config.json") from error
-    except ValueError as error:
-        raise FormatError(f"not JSON ({error}); fix or download it again", path=str(path)) from error
-    config = read_config(hub)
-    return Subject(path.parent.resolve().name, config, count(config))
+def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
+    if folder.name == "config.json":
+        folder = folder.parent
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        folder = folder / "model"  # where `fewfire train` leaves what it made
+    config = read_config(read_json(folder / "config.json"), ignore=ignore)
+    name = folder.resolve().name
+    counts = count(config)
+    if not any(folder.glob("*.safetensors*")):
+        return Subject(name, config, counts, explained=("no weights beside config.json: bytes are the formula's",))
+    stored = read_stored(folder, config)
+    return Subject(name, config, counts, stored=stored, explained=explain_gap(stored, counts))
+
+
+def _from_gguf(path: Path) -> Subject:
+    header = read_gguf(path)
+    config = config_of_gguf(header)
+    counts = count(config)
+    stored = read_stored_gguf(header, config)
+    return Subject(path.name, config, counts, stored=stored, explained=explain_gap(stored, counts))
+
+
+def _from_hub(hub_id: str, ignore: tuple[str, ...]) -> Subject:
+    for name in published.names():
+        entry = published.find(name)
+        if not isinstance(entry, NotPublished) and (entry.hub_id or "").lower() == hub_id.lower():
+            return published_subject(name)
+    hub, disk_bytes = fetch_config(hub_id)
+    config = read_config(hub, ignore=ignore)
+    said = () if disk_bytes is None else (f"the hub's index says {disk_bytes / 1e9:,.1f} GB on disk",)
+    return Subject(hub_id, config, count(config), hub_id=hub_id, disk_bytes=disk_bytes, explained=said)

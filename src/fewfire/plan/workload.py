@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RoutingProfile
+from fewfire.plan.checkpoint import Stored, stored_weights
 from fewfire.plan.memory import (
     CacheBytes,
     Formats,
@@ -87,8 +88,18 @@ class Workload:
     cache_element_bytes: int = 2
 
     @staticmethod
-    def of(config: ModelConfig, formats: Formats, context: int, profile: RoutingProfile | None = None) -> Workload:
-        """Work out everything about `config` in `formats`. Raises ConfigError if `profile` is of another model."""
+    def of(
+        config: ModelConfig,
+        formats: Formats,
+        context: int,
+        profile: RoutingProfile | None = None,
+        *,
+        stored: Stored | None = None,
+    ) -> Workload:
+        """Work out everything about `config` in `formats`; `stored` (a checkpoint's own bytes) overrides native ones.
+
+        Raises: ConfigError if `profile` is of another model.
+        """
         kinds: dict[MoEConfig, int] = {}
         for stack, _, moe in config.moe_layers:
             if stack == "decoder":
@@ -96,13 +107,17 @@ class Workload:
         routed = tuple(
             (Routed.of(moe.router.num_experts, moe.router.top_k, profile), layers) for moe, layers in kinds.items()
         )
+        weights, trunk_bytes = weight_bytes(config, formats), decode_trunk_bytes(config, formats)
+        if stored is not None and formats.native:
+            formula, weights = weights, stored_weights(stored, config, weights)
+            trunk_bytes = round(trunk_bytes * weights.trunk / formula.trunk)
         return Workload(
             config=config,
             formats=formats,
-            weights=weight_bytes(config, formats),
+            weights=weights,
             context=context,
             cache=cache_bytes(config, context),
-            trunk_bytes=decode_trunk_bytes(config, formats),
+            trunk_bytes=trunk_bytes,
             routed=routed,
             profile=profile,
         )
