@@ -62,8 +62,8 @@ def demo_runs(folder: Path, minutes: float, seed: int) -> DemoRuns:
     base = TrainSettings(
         folder="",
         model=MODEL,
-        data=DataSettings(source="python", vocab_size=2048, held_out_frac=0.04),
-        optimizer=OptimizerSettings(learning_rate=6e-3, warmup_steps=20, schedule="wsd", decay_frac=0.5),
+        data=DataSettings(source="python", vocab_size=2048, held_out_frac=0.05, split_seed=7),
+        optimizer=OptimizerSettings(learning_rate=4e-3, warmup_steps=20, schedule="wsd", decay_frac=0.5),
         balance=BalanceSettings(method="loss", loss_weight=0.1),
         run=RunSettings(
             steps=steps,
