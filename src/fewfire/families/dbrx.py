@@ -39,7 +39,7 @@ def read(hub: Reader) -> ModelConfig:
 
 def _read_attention(hub: Reader, inner: Reader) -> AttentionConfig:
     heads = hub.integer("n_heads", "num_attention_heads", minimum=1)
-    head_dim = hub.integer("d_model", "hidden_size", minimum=1) // heads
+    head_dim = common.share(hub.integer("d_model", "hidden_size", minimum=1), heads)
     theta = inner.number("rope_theta", default=None)
     rope = hub.section("rope_parameters", default=None)
     if rope is not None:

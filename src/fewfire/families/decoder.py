@@ -105,8 +105,12 @@ def num_heads(hub: Reader) -> int:
 
 def head_dim(hub: Reader) -> int:
     """`head_dim`, or the model's width shared among the heads where the file leaves it out."""
-    default = max(model_dim(hub) // num_heads(hub), 1)
-    return hub.integer("head_dim", default=default, minimum=1)
+    return hub.integer("head_dim", default=share(model_dim(hub), num_heads(hub)), minimum=1)
+
+
+def share(width: int, heads: int) -> int:
+    """Each head's part of `width`, rounded down, and never nothing."""
+    return max(width // heads, 1)
 
 
 def read_attention(hub: Reader, rope: RopeConfig | None, **fields: Any) -> AttentionConfig:

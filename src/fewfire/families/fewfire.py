@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fewfire.config import ModelConfig
+from fewfire.config import ModelConfig, check
 from fewfire.errors import ConfigError
 from fewfire.families.parameters import parameters
 from fewfire.families.reader import Reader
@@ -27,6 +27,7 @@ def read(hub: Reader) -> ModelConfig:
     value = hub.get("model", expected="an object with the fields of a ModelConfig")
     config = decode(ModelConfig, value, "model")
     assert isinstance(config, ModelConfig)
+    check(config.family == "fewfire", f"model.family is {config.family!r} in config.json; expected 'fewfire'")
     return config
 
 

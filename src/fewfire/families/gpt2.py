@@ -21,7 +21,7 @@ def read(hub: Reader) -> ModelConfig:
     context = hub.integer("n_positions", "max_position_embeddings", "n_ctx", minimum=1)
     # Neither the upcast nor the summary heads change a causal model's mathematics.
     hub.skip("reorder_and_upcast_attn", *(f"summary_{key}" for key in _SUMMARY))
-    head_dim = dim // heads
+    head_dim = common.share(dim, heads)
     scale = head_dim**-0.5 if hub.boolean("scale_attn_weights", default=True) else 1.0
     by_layer = hub.boolean("scale_attn_by_inverse_layer_idx", default=False)
     width = hub.integer("n_inner", default=4 * dim, minimum=1)

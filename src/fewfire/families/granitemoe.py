@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fewfire.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, NormConfig, RouterConfig
+from fewfire.config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, NormConfig, RouterConfig, check
 from fewfire.families import decoder as common
 from fewfire.families.reader import Reader
 from fewfire.families.rope import read_rope, write_rope
@@ -28,13 +28,15 @@ def read(hub: Reader) -> ModelConfig:
         select_bias=False,
     )
     moe = MoEConfig(router, common.gated(hub.integer("intermediate_size", minimum=1), common.read_activation(hub)))
+    scaling = hub.number("logits_scaling", default=1.0)
+    check(scaling != 0, "logits_scaling is 0 in config.json; expected the number that logits are divided by")
     return common.read_model(
         hub,
         "granitemoe",
         (LayerConfig(attention, moe),) * common.num_layers(hub),
         NormConfig("rms", hub.number("rms_norm_eps", default=1e-6)),
         embed_scale=hub.number("embedding_multiplier", default=1.0),
-        logit_scale=1.0 / hub.number("logits_scaling", default=1.0),
+        logit_scale=1.0 / scaling,
         residual_scale=hub.number("residual_multiplier", default=1.0),
     )
 

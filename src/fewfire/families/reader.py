@@ -5,7 +5,6 @@ Owns types, aliases and error messages. Knows no family: what a key means is sai
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +28,8 @@ NEUTRAL = frozenset(
     keys_to_ignore_at_inference cross_attention_hidden_size tie_encoder_decoder unsloth_version unsloth_fixed
     """.split()
 )
+
+_LARGEST = 1e30  # beyond it arithmetic on a broken file's numbers overflows
 
 _DTYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "fp16"}
 _QUANTIZED = {"fp8": "fp8", "mxfp4": "mxfp4"}
@@ -85,11 +86,11 @@ class Reader:
         return value
 
     def number(self, *names: str, default: Any = _MISSING) -> Any:
-        """A finite number, as float (a default is returned as it is, None included)."""
+        """A finite number of sane size, as float (a default is returned as it is, None included)."""
         value = self.get(*names, default=default, expected="a number")
         if value is default and default is not _MISSING:
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
             self._refuse(names, value, "a finite number")
         return float(value)
 

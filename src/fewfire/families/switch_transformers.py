@@ -90,11 +90,23 @@ def _read_ffn(hub: Reader) -> tuple[FeedForwardConfig, MoEConfig]:
 def _sparse(hub: Reader, stack: str, total: int) -> frozenset[int]:
     """Which layers of a stack are sparse: i % step == 1, or all of them at step 1."""
     number = hub.integer(f"num_sparse_{stack}_layers", default=3)
-    step = total // number if number else total
-    hub.expect(f"{stack}_sparse_step", step)
-    if number and not step:
+    if number > total:
         raise ConfigError(f"num_sparse_{stack}_layers ({number}) exceeds the stack's {total} layers; lower it")
+    hub.expect(f"{stack}_sparse_step", total // number if number else total)
+    return _spaced(number, total)
+
+
+def _spaced(number: int, total: int) -> frozenset[int]:
+    """The layers that are sparse when `number` of `total` were asked for (rounding can make them more)."""
+    step = total // number if number else total
     return frozenset(index for index in range(total) if step == 1 or index % step == 1)
+
+
+def _number(layers: tuple[LayerConfig, ...]) -> int:
+    """The number to ask for so that just these layers are sparse; their count where no number does."""
+    sparse = {index for index, layer in enumerate(layers) if isinstance(layer.ffn, MoEConfig)}
+    fits = (number for number in range(len(layers) + 1) if _spaced(number, len(layers)) == sparse)
+    return next(fits, len(sparse))
 
 
 def _attention(hub: Reader, index: int | None, *, causal: bool) -> AttentionConfig:
@@ -125,8 +137,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
         "num_heads": attention.num_heads,
         "num_layers": len(config.encoder),
         "num_decoder_layers": len(config.layers),
-        "num_sparse_encoder_layers": sum(stack == "encoder" for stack, _, _ in config.moe_layers),
-        "num_sparse_decoder_layers": sum(stack == "decoder" for stack, _, _ in config.moe_layers),
+        "num_sparse_encoder_layers": _number(config.encoder),
+        "num_sparse_decoder_layers": _number(config.layers),
         "num_experts": moe.router.num_experts,
         "expert_capacity": moe.router.capacity,
         "router_bias": moe.router.bias,
