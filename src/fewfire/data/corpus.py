@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fewfire.errors import ConfigError, FormatError
-from fewfire.tokenizer.tokenizer import without_surrogates
+from fewfire.tokenizer.pieces import without_surrogates
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".html")
 LINE_SUFFIXES = (".jsonl", ".ndjson")

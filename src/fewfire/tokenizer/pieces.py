@@ -96,6 +96,17 @@ def is_control(token: dict[str, Any]) -> bool:
     return bool(token.get("special")) or bracketed
 
 
+def without_surrogates(text: str) -> str:
+    """`text` with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD, and split pairs joined."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 def strip_leading(text: str, num_spaces: int) -> str:
     """`text` without up to `num_spaces` leading spaces (SentencePiece writes one that the text never had)."""
     leading = len(text) - len(text.lstrip(" "))

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fewfire.errors import FormatError
+from fewfire.errors import ConfigError, FormatError
 from fewfire.tokenizer.files import json_bytes, write_file
 from fewfire.tokenizer.gguf_metadata import read_gguf
 from fewfire.tokenizer.load import read_tokenizer
-from fewfire.tokenizer.pieces import Decoding, is_control, join_pieces, piece_table, read_decoding
+from fewfire.tokenizer.pieces import Decoding, is_control, join_pieces, piece_table, read_decoding, without_surrogates
+
+if TYPE_CHECKING:
+    from fewfire.tokenizer.chat import ChatTemplate
 
 # Names that end a text, for a bare tokenizer.json that does not say which of its tokens does.
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 # Ends of a turn, where nothing follows in any published template ("<|end|>" is none: gpt-oss goes on after it).
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|return|>", "<|call|>", "<end_of_turn>")
+# Markers of reasoning and tool calls inside an assistant's turn, if not flagged special: none that ends the turn.
+_MARKER = re.compile(r"</?[\w:-]+>")
 
 
 class Tokenizer:
@@ -48,6 +54,7 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise FormatError(f"is no tokenizer definition ({_one_line(error)})", path=source) from error
         self._lock = threading.Lock()
+        self._compiled: dict[str, ChatTemplate] = {}
         self.decoding: Decoding = read_decoding(definition.get("decoder"))
         model = definition.get("model") or {}
         unknown = model.get("unk_id") if model.get("type") == "Unigram" else model.get("unk_token")
@@ -218,6 +225,76 @@ class Tokenizer:
             after = [*after, eos]
         return before, after
 
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation by the chat template: its control tokens are control tokens, those written in
+        messages are plain text. Arguments and errors as `render_chat`.
+        """
+        from fewfire.tokenizer.chat import encode_rendered  # jinja2 is loaded when a template is
+
+        template = self._template(options.pop("template", None), options.get("tools"))
+        rendered = template.render(messages, special_tokens=self._special_tokens, **options)
+        return encode_rendered(rendered, template.marking, self._spans, self._control_texts, self.encode_batch)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Text of a conversation by the chat template.
+
+        `messages` as in the chat completions API. Options: `tools`, `add_generation_prompt` (True), `variables` (what
+        else the template reads), `template` (the source of another one), `now`.
+        Raises: ConfigError where there is no template, or it refuses the messages; FormatError where it fails.
+        """
+        template = self._template(options.pop("template", None), options.get("tools"))
+        return template.render(messages, special_tokens=self._special_tokens, **options).text
+
+    @property
+    def chat_template(self) -> str | None:
+        """Source of the default chat template; None where the tokenizer comes without."""
+        return self._templates.get("default")
+
+    @cached_property
+    def _templates(self) -> dict[str, str]:
+        value = self.config.get("chat_template")
+        if isinstance(value, list):
+            value = {part.get("name"): part.get("template") for part in value if isinstance(part, dict)}
+        if not isinstance(value, dict):
+            value = {"default": value}
+        return {name: source for name, source in value.items() if isinstance(source, str)}
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token and their like, as templates read them."""
+        found = {}
+        for key, value in self.config.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(text, str):
+                found[key] = text
+        return found
+
+    @cached_property
+    def _control_texts(self) -> dict[int, str]:
+        return {token_id: self._added[token_id]["content"] for token_id in self.control_ids}
+
+    def _template(self, source: str | None, tools: object) -> ChatTemplate:
+        from fewfire.tokenizer.chat import ChatTemplate
+
+        chosen = source or (self._templates.get("tool_use") if tools else None) or self.chat_template
+        if chosen is None:
+            raise ConfigError("the tokenizer has no chat template - give one as template, or prompt with plain text")
+        if chosen not in self._compiled:
+            markers = [
+                text
+                for token_id, text in self._control_texts.items()
+                if token_id not in self.special_ids and _MARKER.fullmatch(text)
+            ]
+            self._compiled[chosen] = ChatTemplate(chosen, controls=self._control_texts.values(), assistants=markers)
+        return self._compiled[chosen]
+
+    def _spans(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, stop) of every token of a text in which control tokens count as such."""
+        with self._lock:
+            self._backend.encode_special_tokens = False
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of token ids. Bytes that are no UTF-8 become U+FFFD; `skip_special` leaves special tokens out."""
         kept = [int(i) for i in ids if not (skip_special and int(i) in self.special_ids)]
@@ -234,17 +311,6 @@ class Tokenizer:
     def _pieces(self) -> list[bytes]:
         vocabulary = self._backend.get_vocab(with_added_tokens=False)
         return piece_table(vocabulary, {i: token["content"] for i, token in self._added.items()}, self.decoding)
-
-
-def without_surrogates(text: str) -> str:
-    """`text` with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD, and split pairs joined."""
-    if text.isascii():
-        return text
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _one_line(error: BaseException) -> str:
