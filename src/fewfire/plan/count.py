@@ -14,14 +14,13 @@ from fewfire.config import (
     AttentionConfig,
     DeltaNetConfig,
     LatentAttentionConfig,
-    LayerConfig,
     LightningConfig,
     LstmConfig,
     MambaConfig,
     Mixer,
     ModelConfig,
 )
-from fewfire.plan.shapes import count_layers, distinct_layers, layer_tensors, outer_tensors
+from fewfire.plan.shapes import Block, blocks, decoder_blocks, encoder_blocks, outer_tensors
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ def count(config: ModelConfig) -> Counts:
     """All counts of `config`, exact to the integer. Source: notes of `plan.shapes`; each family's published shapes."""
     by_class: dict[str, int] = {}
     active_experts = 0
-    for layer, copies in distinct_layers(config):
-        for spec in layer_tensors(layer, config):
+    for _, copies, specs in blocks(config):
+        for spec in specs:
             by_class[spec.kind] = by_class.get(spec.kind, 0) + spec.size * copies
             if spec.kind == "experts":
                 active_experts += spec.active * copies
@@ -121,10 +120,10 @@ def mixer_flops(mixer: Mixer | None, context: int, *, absorbed: bool = True) -> 
             return 0
 
 
-def _layer_matmul(config: ModelConfig, layer: LayerConfig, *, skip_cross_kv: bool) -> tuple[int, int, int]:
+def _block_matmul(block: Block, *, skip_cross_kv: bool) -> tuple[int, int, int]:
     """(parameters multiplied with a token, the router's part, the experts'). Cross keys and values: once an input."""
     matmul = router = experts = 0
-    for spec in layer_tensors(layer, config):
+    for spec in block.specs:
         if skip_cross_kv and spec.name in ("cross.k.weight", "cross.v.weight"):
             continue
         matmul += spec.matmul
@@ -140,8 +139,9 @@ def decode_flops(config: ModelConfig, context: int) -> Flops:
     cross-attention reads an input of `context` tokens too.
     """
     matmul = router = experts = attention = 0
-    for layer, copies in count_layers(config.layers).items():
-        parts = _layer_matmul(config, layer, skip_cross_kv=True)
+    for block in decoder_blocks(config):
+        layer, copies = block.layer, block.copies
+        parts = _block_matmul(block, skip_cross_kv=True)
         matmul, router, experts = (each + part * copies for each, part in zip((matmul, router, experts), parts))
         attention += (mixer_flops(layer.mixer, context) + mixer_flops(layer.cross, context)) * copies
     matmul += sum(spec.matmul for spec in outer_tensors(config))
@@ -154,11 +154,10 @@ def prefill_flops(config: ModelConfig, num_tokens: int) -> int:
     An encoder-decoder's prompt passes the encoder, whose tokens all see one another.
     """
     half = (num_tokens + 1) // 2
-    layers = config.encoder or config.layers
     per_token = 0
-    for layer, copies in count_layers(layers).items():
-        matmul, _, _ = _layer_matmul(config, layer, skip_cross_kv=False)
+    for block in encoder_blocks(config) or decoder_blocks(config):
+        matmul, _, _ = _block_matmul(block, skip_cross_kv=False)
         seen = num_tokens if config.encoder else half
-        per_token += (2 * matmul + mixer_flops(layer.mixer, seen, absorbed=False)) * copies
+        per_token += (2 * matmul + mixer_flops(block.layer.mixer, seen, absorbed=False)) * block.copies
     head = sum(spec.matmul for spec in outer_tensors(config))
     return per_token * num_tokens + 2 * head

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from fewfire.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from fewfire.plan.hardware import System
-from fewfire.plan.memory import activation_bytes
 from fewfire.plan.workload import Layout, Workload
 
 UNBOUNDED = 1_000_000  # sequences, where a sequence keeps nothing
@@ -34,7 +33,7 @@ def fit(work: Workload, system: System, layout: Layout, batch: int) -> Fit:
     usable = system.part.usable_bytes
     shards = min(layout.tensor, work.cache_shards) * layout.pipeline
     per_sequence = work.cache.sequence / shards
-    room = usable - weights - activation_bytes(work.config, 512) / layout.tensor
+    room = usable - weights - work.scratch_bytes / layout.tensor
     if room <= 0:
         most = 0
     elif per_sequence == 0:

@@ -22,7 +22,7 @@ from fewfire.config import (
 )
 from fewfire.errors import ConfigError
 from fewfire.plan.count import visible_tokens
-from fewfire.plan.shapes import TensorSpec, count_layers, distinct_layers, layer_tensors, outer_tensors
+from fewfire.plan.shapes import TensorSpec, blocks, decoder_blocks, outer_tensors
 
 # name -> (elements a block, bytes a block). q4 and q8: groups of 32 with one 16-bit scale. mxfp4: 32 e2m1 values
 # and one 8-bit exponent. GGUF's blocks as ggml defines them.
@@ -161,9 +161,9 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     """Bytes of every tensor class of `config` in `formats`."""
     by_class: dict[str, int] = {}
     active_experts = per_expert = 0
-    for layer, copies in distinct_layers(config):
+    for layer, copies, specs in blocks(config):
         layer_experts = 0
-        for spec in layer_tensors(layer, config):
+        for spec in specs:
             size = tensor_bytes(spec, formats)
             by_class[spec.kind] = by_class.get(spec.kind, 0) + size * copies
             layer_experts += size if spec.kind == "experts" else 0
@@ -184,8 +184,8 @@ def decode_trunk_bytes(config: ModelConfig, formats: Formats) -> int:
     """Bytes of trunk that a decode step reads: the decoder's blocks and the head. An embedding is a gather, an encoder
     and the cross-attention's keys and values are done with once the input is in."""
     total = sum(tensor_bytes(spec, formats) for spec in outer_tensors(config) if spec.matmul or spec.kind == "norm")
-    for layer, copies in count_layers(config.layers).items():
-        for spec in layer_tensors(layer, config):
+    for _, copies, specs in decoder_blocks(config):
+        for spec in specs:
             if spec.kind != "experts" and spec.name not in ("cross.k.weight", "cross.v.weight"):
                 total += tensor_bytes(spec, formats) * copies
     return total
@@ -243,7 +243,7 @@ def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) ->
     """
     sums = [0, 0, 0, 0, 0]
     cross = 0
-    for layer, copies in count_layers(config.layers).items():
+    for layer, copies, _ in decoder_blocks(config):
         parts = _mixer_cache(layer.mixer, context, element_bytes)
         sums = [total + part * copies for total, part in zip(sums, parts, strict=True)]
         if layer.cross is not None:
@@ -256,7 +256,7 @@ def cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) ->
 def cache_read_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> int:
     """Bytes of cache that a decode step of one sequence reads; a sparse indexer reads its keys and `top_k` latents."""
     total = 0
-    for layer, copies in count_layers(config.layers).items():
+    for layer, copies, _ in decoder_blocks(config):
         per_token, index, windowed, state, conv = _mixer_cache(layer.mixer, context, element_bytes)
         attended = context
         if isinstance(layer.mixer, LatentAttentionConfig) and layer.mixer.indexer is not None:
@@ -285,8 +285,8 @@ class Floor:
 def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
     """Scratch of one step over `num_tokens` tokens, float32: the residual, its copies, the widest projections."""
     widest = config.model_dim
-    for layer, _ in distinct_layers(config):
-        for spec in layer_tensors(layer, config):
+    for layer, _, specs in blocks(config):
+        for spec in specs:
             if spec.matmul and spec.kind != "experts":
                 widest = max(widest, spec.shape[0])
         if isinstance(layer.ffn, MoEConfig):

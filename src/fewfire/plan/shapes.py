@@ -6,10 +6,11 @@ what of a tensor one token meets. Knows no format. Identical layers are listed o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt, prod
+from typing import NamedTuple
 
 from fewfire.config import (
     AttentionConfig,
@@ -67,7 +68,7 @@ def _kind(name: str, layer: LayerConfig) -> str:
     return "dense_ffn"
 
 
-def _active(size: int, name: str, kind: str, layer: LayerConfig) -> int:
+def _active(size: int, kind: str, layer: LayerConfig) -> int:
     if kind == "experts" and isinstance(layer.ffn, MoEConfig):
         return size // layer.ffn.router.num_experts * layer.ffn.router.top_k
     return size
@@ -84,25 +85,74 @@ def _matmul(spec_size: int, active: int, name: str, shape: tuple[int, ...], kind
     return active
 
 
-@lru_cache(maxsize=512)
-def _layer_tensors(layer: LayerConfig, config: ModelConfig) -> tuple[TensorSpec, ...]:
+class Block(NamedTuple):
+    """One kind of layer: how many blocks of the stack are exactly like it, and its tensors, named from inside it."""
+
+    layer: LayerConfig
+    copies: int
+    specs: tuple[TensorSpec, ...]
+
+
+class _Same:
+    """A configuration as a cache key by identity: hashing 61 layers by value costs more than all the arithmetic."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.config is other.config
+
+
+def _layer_specs(layer: LayerConfig, config: ModelConfig) -> tuple[TensorSpec, ...]:
     specs = []
     for name, shape in layer_parameters(layer, config).items():
         kind = _kind(name, layer)
-        active = _active(prod(shape), name, kind, layer)
+        active = _active(prod(shape), kind, layer)
         specs.append(TensorSpec(name, shape, kind, active, _matmul(prod(shape), active, name, shape, kind, layer)))
     return tuple(specs)
 
 
-def layer_tensors(layer: LayerConfig, config: ModelConfig) -> tuple[TensorSpec, ...]:
-    """The tensors of one block, named from inside it (`attention.q.weight`)."""
-    return _layer_tensors(layer, config)
+@lru_cache(maxsize=64)
+def _stacks(same: _Same) -> dict[str, tuple[Block, ...]]:
+    config, made = same.config, {}
+    for stack, layers in (("encoder", config.encoder), ("decoder", config.layers)):
+        counts: dict[LayerConfig, int] = {}
+        for layer in layers:
+            counts[layer] = counts.get(layer, 0) + 1
+        made[stack] = tuple(Block(layer, copies, _layer_specs(layer, config)) for layer, copies in counts.items())
+    return made
+
+
+def decoder_blocks(config: ModelConfig) -> tuple[Block, ...]:
+    """The decoder's different layers, each once."""
+    return _stacks(_Same(config))["decoder"]
+
+
+def encoder_blocks(config: ModelConfig) -> tuple[Block, ...]:
+    """The encoder's different layers, each once; empty without an encoder."""
+    return _stacks(_Same(config))["encoder"]
+
+
+def blocks(config: ModelConfig) -> tuple[Block, ...]:
+    """Every different layer of both stacks."""
+    return encoder_blocks(config) + decoder_blocks(config)
 
 
 def outer_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """What lies outside the blocks. A tied table is listed once, as the embedding: it is the head too, so `matmul`."""
-    specs = []
-    for name, shape in _outer(config).items():
+    return _outer(_Same(config))
+
+
+@lru_cache(maxsize=64)
+def _outer(same: _Same) -> tuple[TensorSpec, ...]:
+    config, specs = same.config, []
+    shapes = parameters(replace(config, layers=config.layers[:1], encoder=config.encoder[:1]))
+    for name, shape in shapes.items():
+        if name.startswith(("layers.", "encoder.layers.")):
+            continue
         size, first = prod(shape), name.split(".")[0]
         kind = {"embed": "embedding", "positions": "positions", "head": "head"}.get(first, "norm")
         multiplied = name == "head.weight" or (name == "embed.weight" and config.tied_head)
@@ -110,34 +160,10 @@ def outer_tensors(config: ModelConfig) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-@lru_cache(maxsize=64)
-def _outer(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    shapes = parameters(_without_layers(config))
-    return {name: shape for name, shape in shapes.items() if not name.startswith(("layers.", "encoder.layers."))}
-
-
-def _without_layers(config: ModelConfig) -> ModelConfig:
-    """The same model with one layer a stack: its outer tensors are all that is asked for."""
-    return replace(config, layers=config.layers[:1], encoder=config.encoder[:1])
-
-
-def count_layers(layers: Iterable[LayerConfig]) -> dict[LayerConfig, int]:
-    """Each different layer with how many blocks are exactly like it."""
-    seen: dict[LayerConfig, int] = {}
-    for layer in layers:
-        seen[layer] = seen.get(layer, 0) + 1
-    return seen
-
-
-def distinct_layers(config: ModelConfig) -> list[tuple[LayerConfig, int]]:
-    """(layer, how many blocks are exactly like it), encoder and decoder together."""
-    return list(count_layers((*config.encoder, *config.layers)).items())
-
-
 def model_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor under its full name: encoder, decoder, then what lies outside the blocks."""
     for stack, layers in (("encoder.layers", config.encoder), ("layers", config.layers)):
         for index, layer in enumerate(layers):
-            for spec in layer_tensors(layer, config):
+            for spec in _layer_specs(layer, config):
                 yield TensorSpec(f"{stack}.{index}.{spec.name}", spec.shape, spec.kind, spec.active, spec.matmul)
     yield from outer_tensors(config)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from fewfire.plan import links
-from fewfire.plan.count import decode_flops, prefill_flops
+from fewfire.plan.count import prefill_flops
 from fewfire.plan.hardware import Part, System
-from fewfire.plan.memory import cache_read_bytes
 from fewfire.plan.workload import Assumptions, Layout, Workload
 
 
@@ -43,7 +42,7 @@ def expert_bytes(work: Workload, num_tokens: float, *, devices: int = 1) -> floa
 
 def bytes_per_step(work: Workload, batch: float) -> float:
     """Bytes one device would read for a decode step: awake experts + trunk + everybody's cache."""
-    cache = cache_read_bytes(work.config, work.context, element_bytes=work.cache_element_bytes) * batch
+    cache = work.cache_read * batch
     return expert_bytes(work, batch) + work.trunk_bytes + cache
 
 
@@ -82,11 +81,11 @@ def decode_step(work: Workload, system: System, layout: Layout, batch: int, assu
     local = max(1.0, micro / layout.data)
     rate = bandwidth(part, assume)
     shards = min(layout.tensor, work.cache_shards)
-    cache = cache_read_bytes(work.config, work.context, element_bytes=work.cache_element_bytes) * local / shards
+    cache = work.cache_read * local / shards
     trunk = work.trunk_bytes / layout.tensor
     experts = expert_bytes(work, micro, devices=layout.expert if layout.data > 1 else 1)
     experts = experts if layout.data > 1 else experts / layout.tensor
-    flops = decode_flops(work.config, work.context)
+    flops = work.flops
     plain, mfu = arithmetic_rate(part, "bf16"), assume.decode_mfu
     compute = [
         _seconds(flops.attention * local / layout.tensor, plain, mfu),

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RoutingProfile
 from fewfire.plan.checkpoint import Stored, stored_weights
+from fewfire.plan.count import Flops, decode_flops
 from fewfire.plan.memory import (
     CacheBytes,
     Formats,
     WeightBytes,
+    activation_bytes,
     cache_bytes,
+    cache_read_bytes,
     decode_trunk_bytes,
     weight_bytes,
 )
@@ -83,9 +86,11 @@ class Workload:
     context: int
     cache: CacheBytes
     trunk_bytes: int  # of trunk, read by a decode step
+    flops: Flops  # of a decode step, one token
+    cache_read: int  # bytes of cache that a decode step of one sequence reads
     routed: tuple[tuple[Routed, int], ...]  # each kind of MoE layer of the decoder, and how many
     profile: RoutingProfile | None = None
-    cache_element_bytes: int = 2
+    scratch_bytes: int = 0  # activations of 512 tokens
 
     @staticmethod
     def of(
@@ -118,13 +123,22 @@ class Workload:
             context=context,
             cache=cache_bytes(config, context),
             trunk_bytes=trunk_bytes,
+            flops=decode_flops(config, context),
+            cache_read=cache_read_bytes(config, context),
             routed=routed,
             profile=profile,
+            scratch_bytes=activation_bytes(config, 512),
         )
 
     def at(self, context: int) -> Workload:
         """The same model at another context."""
-        return replace(self, context=context, cache=cache_bytes(self.config, context))
+        return replace(
+            self,
+            context=context,
+            cache=cache_bytes(self.config, context),
+            flops=decode_flops(self.config, context),
+            cache_read=cache_read_bytes(self.config, context),
+        )
 
     @property
     def num_layers(self) -> int:
