@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Union
+from typing import Literal
 
 from fewfire.errors import ConfigError
 
@@ -65,7 +65,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions over the first `dim` dimensions of a head; `half` pairs (i, i+dim/2), `interleaved` (2i, 2i+1)."""
+    """Rotary positions over the first `dim` dimensions of a head; `half` pairs i with i+dim/2, `interleaved` 2i, 2i+1."""
 
     theta: float
     dim: int
@@ -127,7 +127,10 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class IndexerConfig:
-    """DeepSeek sparse attention's indexer: picks the `top_k` cached tokens a query may see. `shared` reuses the layer before."""
+    """DeepSeek sparse attention's indexer: picks the `top_k` cached tokens a query may see.
+
+    `shared`: no indexer of its own, the choice of the layer before is reused.
+    """
 
     num_heads: int
     head_dim: int
@@ -158,26 +161,31 @@ class LatentAttentionConfig:
 
 @dataclass(frozen=True)
 class DeltaNetConfig:
-    """Gated delta net (Qwen3-Next): linear attention with a decaying state of key_dim x value_dim per value head."""
+    """Gated delta net (Qwen3-Next): linear attention with a decaying state of key_dim x value_dim per value head.
+
+    `activation` follows the convolution.
+    """
 
     num_key_heads: int
     num_value_heads: int
     key_dim: int
     value_dim: int
     conv_kernel: int
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True)
 class LightningConfig:
-    """MiniMax-Text-01's linear attention: fixed decay per head, state head_dim x head_dim."""
+    """MiniMax-Text-01's linear attention: fixed decay per head, state head_dim squared. `activation`: of q, k, v."""
 
     num_heads: int
     head_dim: int
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True)
 class MambaConfig:
-    """Jamba's Mamba-1 mixer with norms on dt, B and C."""
+    """Jamba's Mamba-1 mixer with norms on dt, B and C. `activation` follows the convolution."""
 
     inner_dim: int
     state_dim: int
@@ -185,6 +193,7 @@ class MambaConfig:
     dt_rank: int
     conv_bias: bool
     proj_bias: bool
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True)
@@ -194,9 +203,7 @@ class LstmConfig:
     hidden_dim: int
 
 
-Mixer = Union[
-    AttentionConfig, LatentAttentionConfig, DeltaNetConfig, LightningConfig, MambaConfig, LstmConfig
-]
+Mixer = AttentionConfig | LatentAttentionConfig | DeltaNetConfig | LightningConfig | MambaConfig | LstmConfig
 
 # ------------------------------------------------------------------------------------------------- feed-forward
 

@@ -71,6 +71,7 @@ def _read_mamba(hub: Reader) -> MambaConfig:
         dt_rank=math.ceil(dim / 16) if rank == "auto" else hub.integer("mamba_dt_rank", minimum=1),
         conv_bias=hub.boolean("mamba_conv_bias", default=True),
         proj_bias=hub.boolean("mamba_proj_bias", default=False),
+        activation=common.read_activation(hub),
     )
 
 

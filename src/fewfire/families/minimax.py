@@ -27,7 +27,7 @@ _FACTORS = tuple(f"{part}_{side}_factor" for part in ("full_attn", "linear_attn"
 def read(hub: Reader) -> ModelConfig:
     rope = read_rope(hub, head_dim=common.head_dim(hub), max_context=common.context(hub), theta=1e6)
     attention = common.read_attention(hub, rope, window=common.read_window(hub))
-    lightning = LightningConfig(attention.num_heads, attention.head_dim)
+    lightning = LightningConfig(attention.num_heads, attention.head_dim, common.read_activation(hub))
     hub.skip("block_size")  # how the kernel cuts the sequence
     types = common.read_layer_types(
         hub,

@@ -18,6 +18,7 @@ def read(hub: Reader) -> ModelConfig:
     rope = read_rope(hub, head_dim=common.head_dim(hub), max_context=common.context(hub), theta=1e6)
     attention = common.read_attention(hub, rope, window=common.read_window(hub), **common.read_bias(hub))
     hub.skip("input_jitter_noise")  # training only
+    hub.expect(common.TOP_K[0], 2, why="the sparsemixer takes two experts whatever the config says")
     router = RouterConfig(
         num_experts=hub.integer(*common.EXPERTS),
         top_k=hub.integer(*common.TOP_K),

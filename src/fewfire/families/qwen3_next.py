@@ -24,6 +24,7 @@ def read(hub: Reader) -> ModelConfig:
         key_dim=hub.integer("linear_key_head_dim", minimum=1),
         value_dim=hub.integer("linear_value_head_dim", minimum=1),
         conv_kernel=hub.integer("linear_conv_kernel_dim", minimum=1),
+        activation=common.read_activation(hub),
     )
     interval = hub.integer("full_attention_interval", default=4, minimum=1)
     types = common.read_layer_types(

@@ -206,5 +206,6 @@ def tensors(config: ModelConfig) -> list[HubTensor]:
 
 
 def ignored_tensors(config: ModelConfig) -> tuple[str, ...]:
-    """Copies of the shared table that older files stored."""
-    return (r"(encoder|decoder)\.embed_tokens\.weight", *common.tied_head(config))
+    """Copies of the shared table that older files stored; with an untied head transformers lets them differ."""
+    copies = (r"(encoder|decoder)\.embed_tokens\.weight",) if config.tied_head else ()
+    return (*copies, *common.tied_head(config))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from fewfire.config import DeltaNetConfig, LightningConfig, MambaConfig, NormConfig
 from fewfire.model.attention import Context
 from fewfire.model.cache import LayerCache
+from fewfire.model.feedforward import ACTIVATIONS
 from fewfire.model.norm import Norm
 
 CHUNK = 64  # tokens solved at once by the chunked delta rule
@@ -113,7 +114,7 @@ class DeltaNet(nn.Module):
         mixed_BTC = torch.cat((q, k, v), dim=-1)
         mixed_BTC, past = short_convolution(mixed_BTC, self.conv.weight[:, 0], None, state_of(cache, "conv"), real_BT)
         keys = config.num_key_heads * config.key_dim
-        q, k, v = F.silu(mixed_BTC).float().split((keys, keys, v.shape[-1]), dim=-1)
+        q, k, v = ACTIVATIONS[config.activation](mixed_BTC).float().split((keys, keys, v.shape[-1]), dim=-1)
         repeats = config.num_value_heads // config.num_key_heads
 
         def heads(x_BTC: Tensor, width: int) -> Tensor:
@@ -171,7 +172,7 @@ class Lightning(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); moves the state in `cache`."""
         config, real_BT = self.config, context.real_BT
-        qkv_BHTd = F.silu(self.qkv(x_BTD)).float().unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        qkv_BHTd = ACTIVATIONS[config.activation](self.qkv(x_BTD)).float().unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         decay_BHT = -torch.tensor(self.rates)[None, :, None].expand(*qkv_BHTd.shape[:3])
         if real_BT is not None:
             qkv_BHTd, decay_BHT = qkv_BHTd * real_BT[:, None, :, None], decay_BHT * real_BT[:, None]
@@ -227,7 +228,7 @@ class Mamba(nn.Module):
         u_BTC, past = short_convolution(
             u_BTC, self.conv.weight[:, 0], self.conv.bias, state_of(cache, "conv"), real_BT
         )
-        u_BTC = F.silu(u_BTC)
+        u_BTC = ACTIVATIONS[config.activation](u_BTC)
         dt, b, c = self.x(u_BTC).split((config.dt_rank, config.state_dim, config.state_dim), dim=-1)
         step_BTC = F.softplus(self.dt(self.dt_norm(dt)).float())
         if real_BT is not None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewfire.config import FeedForwardConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def activate(gate: Tensor | None, up: Tensor, config: FeedForwardConfig) -> Tensor:
@@ -17,15 +27,7 @@ def activate(gate: Tensor | None, up: Tensor, config: FeedForwardConfig) -> Tens
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + 1) * (gate * torch.sigmoid(alpha * gate))
     hidden = up if gate is None else gate
-    if config.activation == "silu":
-        hidden = F.silu(hidden)
-    elif config.activation == "gelu":
-        hidden = F.gelu(hidden)
-    elif config.activation == "gelu_tanh":
-        hidden = F.gelu(hidden, approximate="tanh")
-    else:
-        assert config.activation == "relu"
-        hidden = F.relu(hidden)
+    hidden = ACTIVATIONS[config.activation](hidden)
     return hidden if gate is None else hidden * up
 
 
