@@ -172,7 +172,8 @@ class Lightning(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D); moves the state in `cache`."""
         config, real_BT = self.config, context.real_BT
-        qkv_BHTd = ACTIVATIONS[config.activation](self.qkv(x_BTD)).float().unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
+        qkv_BTC = ACTIVATIONS[config.activation](self.qkv(x_BTD)).float()
+        qkv_BHTd = qkv_BTC.unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         decay_BHT = -torch.tensor(self.rates)[None, :, None].expand(*qkv_BHTd.shape[:3])
         if real_BT is not None:
             qkv_BHTd, decay_BHT = qkv_BHTd * real_BT[:, None, :, None], decay_BHT * real_BT[:, None]
