@@ -47,8 +47,11 @@ def test_grouped_equals_reference(num_tokens, num_experts, top_k, kind, weight_o
     fast, slow = experts(x, routing), reference_experts(experts, x, routing)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)  # sums in another order
     if num_tokens:
-        for name, got, want in zip("x logits".split() + [n for n, _ in experts.named_parameters()],
-                                   gradients(fast, inputs), gradients(slow, inputs)):
+        for name, got, want in zip(
+            "x logits".split() + [n for n, _ in experts.named_parameters()],
+            gradients(fast, inputs),
+            gradients(slow, inputs),
+        ):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -72,7 +75,10 @@ def test_dropped_assignments_count_for_nothing():
 
 def test_one_expert_equals_dense():
     torch.manual_seed(0)
-    layer, dense = MoE(model_dim=12, expert_dim=20, num_experts=1, top_k=1), FeedForward(12, KINDS[0].__class__(20, "silu", True))
+    layer, dense = (
+        MoE(model_dim=12, expert_dim=20, num_experts=1, top_k=1),
+        FeedForward(12, KINDS[0].__class__(20, "silu", True)),
+    )
     with torch.no_grad():
         dense.gate.weight.copy_(layer.experts.gate[0])
         dense.up.weight.copy_(layer.experts.up[0])

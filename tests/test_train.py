@@ -1,4 +1,4 @@
-"""Training: one batch is overfitted, resume equals uninterrupted bit for bit, kill -9 loses only steps, bad input is refused."""
+"""Training: a batch is overfitted, resuming equals going on bit for bit, kill -9 loses only steps, bad input fails."""
 
 import dataclasses
 import json
@@ -66,7 +66,10 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def same_state(left: Path, right: Path) -> None:
-    one, two = load_checkpoint(checkpoints(left / "checkpoints")[-1]), load_checkpoint(checkpoints(right / "checkpoints")[-1])
+    one, two = (
+        load_checkpoint(checkpoints(left / "checkpoints")[-1]),
+        load_checkpoint(checkpoints(right / "checkpoints")[-1]),
+    )
     assert one["step"] == two["step"] and one["batches"] == two["batches"]
     for name, values in one["model"].items():
         assert torch.equal(values, two["model"][name]), name
@@ -222,13 +225,13 @@ def test_schedules_by_hand():
     ("text", "message"),
     [
         ("[model]\nnum_expert = 3", "model.num_expert is not a known key"),
-        ("[model]\nnum_experts = \"four\"", "must be a whole number"),
-        ("[model]\ntop_k = 9\nnum_experts = 8\n[data]\nsource = \"python\"", r"top_k \(9\) exceeds"),
-        ("[run]\nprecision = \"fp8\"", "is not one of float32, bf16"),
+        ('[model]\nnum_experts = "four"', "must be a whole number"),
+        ('[model]\ntop_k = 9\nnum_experts = 8\n[data]\nsource = "python"', r"top_k \(9\) exceeds"),
+        ('[run]\nprecision = "fp8"', "is not one of float32, bf16"),
         ("[run]\nsteps = 1.5", "must be a whole number"),
         ("[run]\nsteps = true", "must be a whole number"),
         ("run = 3", "must be a table"),
-        ("[optimizer]\nlearning_rate = -1.0\n[data]\nsource = \"python\"", "must be positive"),
+        ('[optimizer]\nlearning_rate = -1.0\n[data]\nsource = "python"', "must be positive"),
         ("= 3", "is not TOML"),
         ("[data]\nvocab_size = 300", "data.paths names no file"),
     ],
@@ -247,7 +250,7 @@ def test_a_missing_configuration_is_named(tmp_path):
 
 def test_overrides_reach_every_key():
     table: dict = {}
-    for override in ("run.steps=7", "data.paths=[\"a\", \"b\"]", "folder=here/there", "data.source=python"):
+    for override in ("run.steps=7", 'data.paths=["a", "b"]', "folder=here/there", "data.source=python"):
         apply_override(table, override)
     settings = settings_from(table)
     assert (settings.run.steps, settings.data.paths, settings.folder) == (7, ("a", "b"), "here/there")
@@ -277,7 +280,7 @@ def test_a_corpus_that_cannot_be_used(corpus, tmp_path, changes, message):
     ("model", "balance", "message"),
     [
         ({"family": "llama"}, {}, "llama has no experts"),
-        ({"family": "mixtral", "num_experts": 0}, {}, "set family = \"llama\""),
+        ({"family": "mixtral", "num_experts": 0}, {}, 'set family = "llama"'),
         ({"family": "mixtral", "shared_dim": 8}, {}, "no shared expert"),
         ({"family": "qwen3_moe"}, {"method": "bias"}, "needs a selection bias"),
         ({"family": "glm4_moe", "num_dense_layers": 4}, {}, "leaves no MoE layer"),

@@ -7,8 +7,8 @@ that the imbalances of two layers cannot cancel. T tokens, K slots, E experts. K
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor

@@ -65,7 +65,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions over the first `dim` dimensions of a head; `half` pairs i with i+dim/2, `interleaved` 2i, 2i+1."""
+    """Rotary positions of a head's first `dim` dimensions: `half` pairs i, i + dim/2; `interleaved` 2i, 2i + 1."""
 
     theta: float
     dim: int

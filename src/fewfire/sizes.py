@@ -1,4 +1,4 @@
-"""Sizes and counts as people write them: '8GiB', '46.7B', '400b-a30b'. Owns parsing and printing of units; no policy."""
+"""Sizes and counts as people write them: '8GiB', '46.7B'. Owns parsing and printing of units; no policy."""
 
 from __future__ import annotations
 

@@ -100,7 +100,9 @@ def _table(result: DemoResult) -> Any:
             "-" if row.max_vio_excess is None else f"{row.max_vio_excess:.2f}",
             "-" if row.num_dead is None else str(row.num_dead),
         )
-    shown.caption = "memory: float32 weights   MaxVio*: worst layer's (max load / mean - 1), less what chance alone shows"
+    shown.caption = (
+        "memory: float32 weights   MaxVio*: worst layer's (max load / mean - 1), less what chance alone shows"
+    )
     shown.caption_justify = "left"
     return shown
 
@@ -115,7 +117,8 @@ def verdicts(result: DemoResult) -> list[str]:
     reach = [name for name, bits in result.yardsticks.items() if end.bits_per_byte < bits]
     return [
         f"At equal tokens and equal active FLOPs the MoE is {abs(gap):.3f} bits per byte {better} its dense twin, "
-        f"at {moe.tokens_per_s / dense.tokens_per_s:.2f} of its speed and {moe.total / dense.total:.1f} times its memory.",
+        f"at {moe.tokens_per_s / dense.tokens_per_s:.2f} of its speed "
+        f"and {moe.total / dense.total:.1f} times its memory.",
         f"Without balancing the busiest expert takes {without + 1:.1f} times its share or more "
         f"({unbalanced.num_dead} dead); with it, {excess + 1:.1f} ({end.num_dead} dead).",
         f"At its end the MoE is at {end.bits_per_byte:.3f} bits per byte: "

@@ -1,4 +1,4 @@
-"""The demo: the main job on real text that every machine has, in minutes, offline. What it trains is the model `demo`."""
+"""The demo: the main job on real text that every machine has, offline. What it trains is the model `demo`."""
 
 from __future__ import annotations
 

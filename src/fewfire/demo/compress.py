@@ -12,9 +12,7 @@ from fewfire.train.settings import DataSettings
 def compressed_bits_per_byte(settings: DataSettings) -> dict[str, float]:
     """`gzip -9` and `xz -9` over the held-out documents, each alone: bits per byte of text."""
     total = gzipped = xzed = 0
-    side = select(
-        python_library_documents(), "held_out", fraction=settings.held_out_frac, seed=settings.split_seed
-    )
+    side = select(python_library_documents(), "held_out", fraction=settings.held_out_frac, seed=settings.split_seed)
     for document in side:
         content = document.text.encode("utf-8", "replace")
         total += len(content)

@@ -28,7 +28,8 @@ def draw(folder: Path, target: Path, loads: dict[str, list[list[int]]], yardstic
     from matplotlib import pyplot
 
     figure = pyplot.figure(figsize=(12, 6.2), dpi=120, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    panels: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
+    left, right = panels
     _draw_losses(left, folder, yardsticks)
     _draw_loads(right, loads)
     stream = io.BytesIO()
@@ -59,7 +60,9 @@ def _draw_losses(figure: Any, folder: Path, yardsticks: dict[str, float]) -> Non
 
 
 def _draw_loads(figure: Any, loads: dict[str, list[list[int]]]) -> None:
-    shares = {run: [[count * len(row) / max(1, sum(row)) for count in row] for row in rows] for run, rows in loads.items()}
+    shares = {
+        run: [[count * len(row) / max(1, sum(row)) for count in row] for row in rows] for run, rows in loads.items()
+    }
     axes_list = figure.subplots(len(shares), 1, squeeze=False)[:, 0]
     image = None
     for axes, (run, rows) in zip(axes_list, shares.items()):

@@ -27,7 +27,7 @@ from fewfire.plan.count import count
 from fewfire.train.loop import Reporter, Silent, Trainer
 from fewfire.train.settings import TrainSettings
 
-PROMPTS = ("def read_lines(path):\n    ", "class Queue:\n    \"\"\"", "import os\n\n# Return the ")
+PROMPTS = ("def read_lines(path):\n    ", 'class Queue:\n    """', "import os\n\n# Return the ")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x_TD: Tensor,
         weights_A: Tensor,
@@ -124,7 +124,7 @@ class GroupedExperts(torch.autograd.Function):
         return _scatter_rows(y_AD, token_A, x_TD.shape[0]).to(x_TD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple:
         x_AD, pre_AP, weights_A, token_A, into, down = ctx.saved_tensors
         dtype, bounds = x_AD.dtype, ctx.bounds
         dy_AD = dy_TD.to(dtype)[token_A]

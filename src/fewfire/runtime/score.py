@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,7 @@ def score_batches(
             targets = tokens_BL[:, 1:][mask_BL]
             for start in range(0, len(targets), ROWS):
                 logits = model.logits(hidden[start : start + ROWS])  # type: ignore[operator]
-                rows = torch.nn.functional.cross_entropy(
-                    logits.float(), targets[start : start + ROWS], reduction="sum"
-                )
+                rows = torch.nn.functional.cross_entropy(logits.float(), targets[start : start + ROWS], reduction="sum")
                 total += float(rows.double())
         tokens += len(targets)
     model.train(was_training)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from fewfire.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -11,17 +13,34 @@ from fewfire.config import (
     NormConfig,
     RopeConfig,
     RouterConfig,
+    Score,
 )
 from fewfire.errors import ConfigError
 from fewfire.train.settings import BalanceSettings, ModelSettings
 
-# family -> (q/k norm, rope share of a head, router: score, renormalize, has a selection bias)
+
+class _Rule(NamedTuple):
+    """How a family routes."""
+
+    score: Score
+    renormalize: bool
+    select_bias: bool
+
+
+class _Family(NamedTuple):
+    """What a family fixes. `rope_share`: of a head's dimensions. `rule` None: it has no experts."""
+
+    qk_norm: Literal["head", "full"] | None
+    rope_share: float
+    rule: _Rule | None
+
+
 _FAMILIES = {
-    "llama": (None, 1.0, None),
-    "mixtral": (None, 1.0, ("softmax", True, False)),
-    "qwen3_moe": ("head", 1.0, ("softmax", True, False)),
-    "olmoe": ("full", 1.0, ("softmax", False, False)),
-    "glm4_moe": ("head", 0.5, ("sigmoid", True, True)),
+    "llama": _Family(None, 1.0, None),
+    "mixtral": _Family(None, 1.0, _Rule("softmax", True, False)),
+    "qwen3_moe": _Family("head", 1.0, _Rule("softmax", True, False)),
+    "olmoe": _Family("full", 1.0, _Rule("softmax", False, False)),
+    "glm4_moe": _Family("head", 0.5, _Rule("sigmoid", True, True)),
 }
 
 
@@ -30,26 +49,24 @@ def build_config(
 ) -> ModelConfig:
     """The model to train. Raises ConfigError where the family has no such part (an expert in llama, a shared
     expert in mixtral, a selection bias in qwen3_moe)."""
-    qk_norm, rope_share, router_rule = _FAMILIES[settings.family]
+    family = _FAMILIES[settings.family]
     _check_family(settings, balance)
-    rope = RopeConfig(settings.rope_theta, int(settings.head_dim * rope_share))
-    attention = AttentionConfig(
-        settings.num_heads, settings.num_kv_heads, settings.head_dim, settings.head_dim**-0.5, rope, qk_norm=qk_norm
-    )
+    rope = RopeConfig(settings.rope_theta, int(settings.head_dim * family.rope_share))
+    heads, kv_heads, width = settings.num_heads, settings.num_kv_heads, settings.head_dim
+    attention = AttentionConfig(heads, kv_heads, width, width**-0.5, rope, qk_norm=family.qk_norm)
     dense = LayerConfig(attention, FeedForwardConfig(settings.dense_dim, "silu", True))
     if settings.num_experts == 0:
         layers = (dense,) * settings.num_layers
     else:
-        assert router_rule is not None
-        score, renormalize, select_bias = router_rule
+        assert family.rule is not None
         router = RouterConfig(
             settings.num_experts,
             settings.top_k,
-            score,
-            renormalize=renormalize,
+            family.rule.score,
+            renormalize=family.rule.renormalize,
             scale=settings.router_scale,
-            select_bias=select_bias,
-            renormalize_eps=1e-20 if score == "sigmoid" else 0.0,
+            select_bias=family.rule.select_bias,
+            renormalize_eps=1e-20 if family.rule.score == "sigmoid" else 0.0,
         )
         expert = FeedForwardConfig(settings.expert_dim, "silu", True)
         shared = FeedForwardConfig(settings.shared_dim, "silu", True) if settings.shared_dim else None
@@ -73,7 +90,7 @@ def _check_family(settings: ModelSettings, balance: BalanceSettings) -> None:
         (is_moe and family == "llama", "model.num_experts: llama has no experts; set it to 0 or choose qwen3_moe"),
         (
             not is_moe and family != "llama",
-            f"model.num_experts is 0, but {family} has experts; set family = \"llama\" for a dense model",
+            f'model.num_experts is 0, but {family} has experts; set family = "llama" for a dense model',
         ),
         (
             settings.shared_dim > 0 and family != "glm4_moe",
@@ -89,7 +106,7 @@ def _check_family(settings: ModelSettings, balance: BalanceSettings) -> None:
         ),
         (
             is_moe and balance.method == "bias" and family != "glm4_moe",
-            f"balance.method = \"bias\" needs a selection bias, which {family} has not; use glm4_moe, or method = \"loss\"",
+            f'balance.method = "bias" needs a selection bias, which {family} has not; use glm4_moe, or method = "loss"',
         ),
         (
             settings.router_scale != 1.0 and family != "glm4_moe",

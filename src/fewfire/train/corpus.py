@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -39,8 +39,10 @@ def prepare_corpus(settings: DataSettings, folder: Path, tokenizer: Tokenizer | 
     """
     if tokenizer is None:
         tokenizer = _tokenizer(settings, folder)
-    fingerprint = "" if settings.source == "python" else corpus_fingerprint(
-        settings.paths, suffixes=settings.suffixes or None, field=settings.field
+    fingerprint = (
+        ""
+        if settings.source == "python"
+        else corpus_fingerprint(settings.paths, suffixes=settings.suffixes or None, field=settings.field)
     )
     train, held_out = write_split(
         _documents(settings),

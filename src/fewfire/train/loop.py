@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fewfire import families
+from fewfire import families, kernels
 from fewfire.balance import (
     LoadHealth,
     LoadMonitor,
@@ -28,7 +28,9 @@ from fewfire.checkpoints.hub import save_hub
 from fewfire.config import ModelConfig
 from fewfire.data import Batches
 from fewfire.errors import ConfigError
+from fewfire.model.block import Block
 from fewfire.model.decoder import Decoder, initialise
+from fewfire.model.moe import MoELayer
 from fewfire.routing import Routing
 from fewfire.runtime.load import load_module
 from fewfire.runtime.score import score_batches
@@ -111,6 +113,7 @@ class Trainer:
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
         self._check_settings()
+        kernels.keep_freed_memory()
         tokenizer = Tokenizer.load(settings.initial) if settings.initial else None
         self.corpus = prepare_corpus(settings.data, corpus_folder or self.folder, tokenizer)
         self.config, self.model = self._build_model()
@@ -118,14 +121,10 @@ class Trainer:
         self.batches = Batches(
             self.corpus.train, seq_len=settings.run.seq_len, batch_size=settings.run.batch_size, seed=settings.run.seed
         )
-        self.step, self.elapsed_s, self.evaluation = 0, 0.0, None
-        self.evaluation: EvalReport | None
+        self.step, self.elapsed_s = 0, 0.0
+        self.evaluation: EvalReport | None = None
         torch.manual_seed(settings.run.seed)
-        self._biases = {
-            index: block.ffn.router.select_bias
-            for index, block in enumerate(self.model.layers)
-            if hasattr(block.ffn, "router") and block.ffn.router.select_bias is not None
-        }
+        self._biases = _select_biases(self.model)
         self._bias_update = SelectBiasUpdate(settings.balance.bias_rate) if settings.balance.method == "bias" else None
         self._autocast = torch.bfloat16 if settings.run.precision == "bf16" else None
         self._held_out: tuple | None = None
@@ -154,7 +153,8 @@ class Trainer:
                     pairs = [(f"{table}.{key}", old.get(key), new[key]) for key in new if old.get(key) != new[key]]
                 key, was, wants = pairs[0]
                 raise ConfigError(
-                    f"{self.folder} holds a run with {key} = {was!r}, not {wants!r}; use another folder, or the same value"
+                    f"{self.folder} holds a run with {key} = {was!r}, not {wants!r}; "
+                    "use another folder, or the same value"
                 )
 
     def _build_model(self) -> tuple[ModelConfig, Decoder]:
@@ -235,8 +235,8 @@ class Trainer:
                 sums[name] += float(value.detach()) / run.accumulation
         if not math.isfinite(sums["loss"]):
             raise ConfigError(
-                f"the loss is {sums['loss']} at step {self.step + 1}; lower optimizer.learning_rate or raise balance.z_weight, "
-                f"and go on from the last checkpoint in {self.folder}"
+                f"the loss is {sums['loss']} at step {self.step + 1}; lower optimizer.learning_rate or raise "
+                f"balance.z_weight, and go on from the last checkpoint in {self.folder}"
             )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optimizer.clip_norm)
         self.optimizer.step()
@@ -257,14 +257,17 @@ class Trainer:
 
         with nullcontext() if self._autocast is None else torch.autocast("cpu", self._autocast):
             hidden = self.model.hidden(tokens_BL[:, :-1], observe=observe)
-        loss = head_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.model.embed.weight if self.model.head is None else self.model.head.weight,
-            tokens_BL[:, 1:].reshape(-1),
-            scale=self.config.logit_scale,
-            dtype=self._autocast or torch.float32,
-        )
+        loss = self._loss(hidden.flatten(0, 1), tokens_BL[:, 1:].flatten())
         return loss, mean_over_layers(balance_terms), mean_over_layers(z_terms)
+
+    def _loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Mean nats per token; a head with a bias takes the plain way."""
+        if self.config.head_bias:
+            return torch.nn.functional.cross_entropy(self.model.logits(hidden_ND), targets_N)
+        head = self.model.embed if self.model.head is None else self.model.head
+        assert isinstance(head, (torch.nn.Linear, torch.nn.Embedding))
+        dtype = self._autocast or torch.float32
+        return head_cross_entropy(hidden_ND, head.weight, targets_N, scale=self.config.logit_scale, dtype=dtype)
 
     def _report(self, window: _Window, log: MetricsLog) -> None:
         run, speed = self.settings.run, window.tokens / max(window.seconds, 1e-9)
@@ -329,6 +332,13 @@ class Trainer:
         target = folder or self.folder / "model"
         save_hub(self.model, target, tokenizer=self.corpus.tokenizer, overwrite=True)
         return target
+
+
+def _select_biases(model: Decoder) -> dict[int, torch.Tensor]:
+    """Layer index -> its router's selection bias, where it has one."""
+    moes = [block.ffn for block in model.layers if isinstance(block, Block) and isinstance(block.ffn, MoELayer)]
+    biases = {moe.layer: moe.router.select_bias for moe in moes}
+    return {layer: bias for layer, bias in biases.items() if isinstance(bias, torch.Tensor)}
 
 
 class _Window:

@@ -21,7 +21,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: float, dtype: torch.dtype
     ) -> Tensor:
         rows, weight = hidden_ND.shape[0], weight_VD.to(dtype)
@@ -47,7 +47,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         return (total / max(rows, 1)).float()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
         dhidden, dweight = ctx.saved_tensors
         return dhidden * dloss, dweight * dloss, None, None, None
 

@@ -12,7 +12,8 @@ from fewfire.train.settings import OptimizerSettings
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
     """Matrices (experts included) decay; embeddings, norms, biases and sinks do not. The same order every time."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_table = name in ("embed.weight", "positions.weight")
         (decayed if parameter.dim() >= 2 and not is_table else free).append(parameter)

@@ -129,7 +129,16 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         run, model, optimizer = self.run, self.model, self.optimizer
-        at_least_one = ("steps", "batch_size", "seq_len", "accumulation", "log_every", "eval_every", "save_every", "keep")
+        at_least_one = (
+            "steps",
+            "batch_size",
+            "seq_len",
+            "accumulation",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep",
+        )
         for name in at_least_one:
             check(getattr(run, name) >= 1, f"run.{name} ({getattr(run, name)}) must be at least 1")
         check(
@@ -145,10 +154,12 @@ class TrainSettings:
                 f"{model.num_experts} or less",
             )
         check(optimizer.learning_rate > 0, f"optimizer.learning_rate ({optimizer.learning_rate}) must be positive")
-        check(0 < self.data.held_out_frac < 1, f"data.held_out_frac ({self.data.held_out_frac}) must lie between 0 and 1")
+        check(
+            0 < self.data.held_out_frac < 1, f"data.held_out_frac ({self.data.held_out_frac}) must lie between 0 and 1"
+        )
         check(
             self.data.source == "python" or bool(self.data.paths),
-            "data.paths names no file or folder; set data.paths, or data.source = \"python\"",
+            'data.paths names no file or folder; set data.paths, or data.source = "python"',
         )
 
 
