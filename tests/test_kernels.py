@@ -291,7 +291,9 @@ def test_the_environment_forces_an_instruction_set(name, monkeypatch):
     assert done.stdout.strip() == name
 
 
-def test_freed_memory_stays_with_the_process_when_asked():
+def test_freed_memory_stays_with_the_process_when_asked(pytestconfig):
+    if pytestconfig.getoption("--native"):
+        pytest.skip("LOUD: a sanitizer brings its own allocator")
     code = (
         "import platform, resource, torch; from fewfire import kernels\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
