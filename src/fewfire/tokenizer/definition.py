@@ -143,6 +143,19 @@ def pieces_definition(
     }
 
 
+def check_charsmap(charsmap: bytes, path: str | None, record: str) -> None:
+    """Raise FormatError unless a compiled normalisation has its two parts, a table of stated size and text."""
+    if not charsmap:
+        return
+    size = int.from_bytes(charsmap[:4], "little")
+    try:
+        whole = 4 <= len(charsmap) and size <= len(charsmap) - 4 and charsmap[4 + size :].decode("utf-8") is not None
+    except UnicodeDecodeError:
+        whole = False
+    if not whole:
+        raise FormatError("holds a damaged normalisation; download it again", path=path, record=record)
+
+
 def _normalizer(space_prefix: bool, collapse_spaces: bool, charsmap: bytes) -> dict[str, Any]:
     steps: list[dict[str, Any]] = []
     if charsmap:

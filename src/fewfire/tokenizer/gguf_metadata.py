@@ -17,6 +17,7 @@ from fewfire.tokenizer.definition import (
     Piece,
     added_token,
     byte_level_definition,
+    check_charsmap,
     merges_by_rank,
     pieces_definition,
 )
@@ -99,6 +100,8 @@ def _pieces(
     if scores is None or len(scores) != len(tokens):
         raise FormatError("is missing or too short; download the file again", path=path, record=_PREFIX + "scores")
     pieces = [Piece(token, float(score), int(kind)) for token, score, kind in zip(tokens, scores, kinds, strict=True)]
+    charsmap = bytes(byte & 0xFF for byte in metadata.get(_PREFIX + "precompiled_charsmap") or ())
+    check_charsmap(charsmap, path, _PREFIX + "precompiled_charsmap")
     unknown = _token_id(metadata, "unknown", len(tokens), path)
     if unknown is None:
         unknown = next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), 0)
@@ -108,7 +111,7 @@ def _pieces(
         unknown_id=unknown,
         space_prefix=bool(metadata.get(_PREFIX + "add_space_prefix", True)),
         collapse_spaces=bool(metadata.get(_PREFIX + "remove_extra_whitespaces", unigram)),
-        charsmap=bytes(byte & 0xFF for byte in metadata.get(_PREFIX + "precompiled_charsmap") or ()),
+        charsmap=charsmap,
     )
 
 

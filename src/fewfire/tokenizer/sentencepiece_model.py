@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fewfire.errors import FormatError
-from fewfire.tokenizer.definition import NORMAL, Piece, pieces_definition
+from fewfire.tokenizer.definition import NORMAL, Piece, check_charsmap, pieces_definition
 
 _UNIGRAM, _BPE = 1, 2
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
@@ -37,6 +37,7 @@ def read_sentencepiece(
         raise FormatError("is no SentencePiece model (it has no pieces); download it again", path=path)
     if kind not in (_UNIGRAM, _BPE):
         raise FormatError(f"is a SentencePiece model of type {kind}; fewfire reads unigram (1) and BPE (2)", path=path)
+    check_charsmap(normalizer.get(_CHARSMAP, b""), path, "normalizer_spec")
     if normalizer.get(_ESCAPE, 1) == 0:
         raise FormatError("keeps spaces unescaped, which fewfire does not read", path=path, record="normalizer_spec")
     definition = pieces_definition(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,10 +50,9 @@ class Tokenizer:
         marked = dict(definition)
         marked["added_tokens"] = [token | {"special": is_control(token)} for token in self._added.values()]
         marked["truncation"] = marked["padding"] = None
-        try:
+        self._source = source
+        with self._guarded():
             self._backend = Backend.from_str(json.dumps(marked))
-        except Exception as error:  # the library raises nothing narrower
-            raise FormatError(f"is no tokenizer definition ({_one_line(error)})", path=source) from error
         self._lock = threading.Lock()
         self._compiled: dict[str, ChatTemplate] = {}
         self.decoding: Decoding = read_decoding(definition.get("decoder"))
@@ -89,6 +89,17 @@ class Tokenizer:
         except json.JSONDecodeError as error:
             raise FormatError(f"the tokenizer is not JSON ({error.msg})", offset=error.pos) from error
         return cls._checked(definition, config or {}, None)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turns what the library raises, a bare Exception or a panic (no Exception at all), into FormatError."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error) is Exception or type(error).__name__ == "PanicException":
+                message = f"is no sound tokenizer definition ({_one_line(error)}); download it again"
+                raise FormatError(message, path=self._source) from error
+            raise
 
     @classmethod
     def _checked(cls, definition: Any, config: dict[str, Any], source: str | None) -> Tokenizer:
@@ -186,7 +197,7 @@ class Tokenizer:
     ) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         valid = [without_surrogates(text) for text in texts]
-        with self._lock:
+        with self._lock, self._guarded():
             self._backend.encode_special_tokens = not allow_special
             batch = [encoding.ids for encoding in self._backend.encode_batch_fast(valid, add_special_tokens=False)]
         if not allow_special:
@@ -205,7 +216,9 @@ class Tokenizer:
         for token_id in ids:
             if token_id in self._forbidden:
                 characters = self._added[token_id]["content"]
-                spelled += [token.id for character in characters for token in self._backend.model.tokenize(character)]
+                ids_of = [token.id for character in characters for token in self._backend.model.tokenize(character)]
+                # Unigram, which alone comes here, makes one unknown token of neighbouring unknown characters.
+                spelled += [i for at, i in enumerate(ids_of) if i != self._unknown_id or ids_of[at - 1 : at] != [i]]
             else:
                 spelled.append(token_id)
         return spelled
@@ -213,7 +226,7 @@ class Tokenizer:
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer's own rules put before and after a text."""
-        with self._lock:
+        with self._lock, self._guarded():
             inner = self._backend.encode("a", add_special_tokens=False).ids
             framed = self._backend.encode("a", add_special_tokens=True).ids
         start = next((i for i in range(len(framed)) if framed[i : i + len(inner)] == inner), 0)
@@ -290,7 +303,7 @@ class Tokenizer:
 
     def _spans(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, stop) of every token of a text in which control tokens count as such."""
-        with self._lock:
+        with self._lock, self._guarded():
             self._backend.encode_special_tokens = False
             encoding = self._backend.encode(text, add_special_tokens=False)
         return [(token_id, start, stop) for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)]
