@@ -1,4 +1,4 @@
-# make demo | test | check | bench | claims | asan | format. Each sets up what it needs, from an empty clone on.
+# make demo | test | check | bench | claims | asan | format | help. Each sets up what it needs, from an empty clone on.
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/include/*.hpp)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench claims asan format setup
+.PHONY: demo test check bench claims asan format help setup
 
 demo: setup
 	$(BIN)/fewfire demo
@@ -24,6 +24,10 @@ check: setup
 	$(BIN)/python tools/layers.py src/fewfire
 	$(BIN)/python tools/agents.py AGENTS.md
 	$(BIN)/python tools/symbols.py build
+	$(BIN)/python tools/help.py --check
+
+help: setup
+	$(BIN)/python tools/help.py
 
 format: setup
 	$(BIN)/ruff format .
