@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from fewfire.config import AttentionConfig, LatentAttentionConfig, ModelConfig
 from fewfire.plan.hardware import System
 from fewfire.plan.workload import Layout, Workload
 
+SERVING_CHUNK, LOCAL_CHUNK = 8192, 512  # tokens of a prefill step whose activations need room
 UNBOUNDED = 1_000_000  # sequences, where a sequence keeps nothing
 
 
@@ -25,15 +27,18 @@ class Fit:
 def fit(work: Workload, system: System, layout: Layout, batch: int) -> Fit:
     """Weights, activations and `batch` sequences' cache on each device against what its memory leaves.
 
-    The trunk is split over tensor and pipeline ranks and repeated over data-parallel groups; experts are split over
-    all devices; GQA's cache over at most its kv heads; MLA's latents are kept whole by every tensor rank.
-    Source of the usable memory: `hardware.Part.usable_bytes`.
+    The trunk is split over tensor and pipeline ranks; data-parallel groups repeat its attention, norms and routers;
+    experts are split over all devices; GQA's cache over at most its kv heads; every tensor rank keeps MLA's latents
+    whole. Source of the usable memory: `hardware.Part.usable_bytes`.
     """
-    weights = work.weights.trunk / (layout.tensor * layout.pipeline) + work.weights.experts / layout.devices
-    usable = system.part.usable_bytes
-    shards = min(layout.tensor, work.cache_shards) * layout.pipeline
-    per_sequence = work.cache.sequence / shards
-    room = usable - weights - work.scratch_bytes / layout.tensor
+    part = system.part
+    stage = ceil(work.num_layers / layout.pipeline) / work.num_layers  # the longest: stages hold whole layers
+    weights = work.weights.trunk * work.trunk_share(layout, part.per_node) + work.weights.experts / layout.expert
+    weights *= stage
+    usable = part.usable_bytes
+    per_sequence = work.cache.sequence * stage / min(layout.tensor, work.cache_shards)
+    chunk = SERVING_CHUNK if part.kind == "gpu" and part.memory_gb >= 40 else LOCAL_CHUNK
+    room = usable - weights - work.scratch_bytes_per_token * chunk / layout.tensor
     if room <= 0:
         most = 0
     elif per_sequence == 0:

@@ -18,7 +18,13 @@ from typing import Any
 from fewfire.config import environment
 from fewfire.errors import ConfigError, FormatError
 
+OWN_YEARS, USD_PER_KWH, HOURS_PER_YEAR = 3.0, 0.15, 8766.0
 KINDS = ("gpu", "unified", "cpu", "laptop")
+
+
+def owned_usd_per_hour(buy_usd: float, years: float, kilowatts: float, usd_per_kwh: float) -> float:
+    """What an hour of a bought machine costs: its price over its life, and its power, running all the time."""
+    return buy_usd / (years * HOURS_PER_YEAR) + kilowatts * usd_per_kwh
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Part:
     per_node: int = 1
     node_link_gbs: float | None = None
     disk_gbs: float | None = None
-    ram_gb: float | None = None
+    host_ram_gb: float | None = None
+    host_gbs: float | None = None
     tdp_w: float | None = None
     launch_s: float | None = None
     price_usd_per_hour: float | None = None
@@ -57,6 +64,15 @@ class Part:
     sources: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     note: str = ""
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """The price of an hour: rented, or bought and written off over three years with its power at 0.15 a kWh."""
+        if self.price_usd_per_hour is not None:
+            return self.price_usd_per_hour
+        if self.buy_usd is None:
+            return None
+        return owned_usd_per_hour(self.buy_usd, OWN_YEARS, (self.tdp_w or 0.0) / 1000, USD_PER_KWH)
 
     @property
     def usable_bytes(self) -> float:
@@ -96,7 +112,7 @@ class System:
 
     @property
     def usd_per_hour(self) -> float | None:
-        price = self.part.price_usd_per_hour
+        price = self.part.usd_per_hour
         return None if price is None else price * self.count
 
 

@@ -5,12 +5,14 @@ Owns the choice of layout and of the batch called full load. Knows no catalogue 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fewfire.plan.fit import Fit, fit, layouts
-from fewfire.plan.hardware import System
+from fewfire.plan.hardware import Part, System
 from fewfire.plan.speed import PrefillTime, StepTime, decode_step, prefill
+from fewfire.plan.stream import Streaming, stream, tiers_of
 from fewfire.plan.workload import Assumptions, Layout, Workload
 
 FULL_LOAD_BATCH = 256  # sequences: what serving engines run by default
@@ -35,6 +37,7 @@ class Machine:
     full_prefill: PrefillTime | None
     usd_per_hour: float | None
     output_share: float
+    streaming: Streaming | None = None
 
     @property
     def usd_per_million_output(self) -> float | None:
@@ -84,6 +87,7 @@ class Machine:
             "usd_per_million_input_tokens": self.usd_per_million_input,
             "usd_per_million_blended_tokens": self.usd_per_million_blended,
             "full_load": self._full_load_json(),
+            "streaming": self.streaming.to_json() if self.streaming else None,
         }
 
     def _full_load_json(self) -> dict[str, Any] | None:
@@ -183,8 +187,11 @@ def plan_machine(
             key=lambda each: each.weights_per_device,
         )
         needed = smallest_fit(work, system, batch)
+        streaming = None
+        if system.count == 1:
+            streaming = stream(work, system.part, tiers_of(work, system.part, batch, assume), batch, assume)
         return Machine(
-            system, False, needed, verdict, None, None, None, None, None, None, None, price, output_share
+            system, False, needed, verdict, None, None, None, None, None, None, None, price, output_share, streaming
         )  # fmt: skip
     layout, verdict = best
     most = max(fit(work, system, each, batch).max_batch for each in layouts(work, system))
@@ -218,3 +225,19 @@ def _range(work: Workload, system: System, layout: Layout, batch: int, assume: A
         varied = replace(assume, efficiency=share, decode_mfu=assume.decode_mfu * factor)
         speeds.append(decode_step(work, system, layout, batch, varied).tokens_per_s)
     return speeds[0], speeds[1]
+
+
+def rank(work: Workload, parts: Sequence[Part], *, batch: int = 1) -> list[System]:
+    """The fewest devices of each part that hold the model, cheapest an hour first; parts without a price after those.
+
+    Parts that cannot hold it are left out: one machine where parts have no link between them, two nodes where nodes
+    are joined by less than 50 GB/s a device, else 64 devices.
+    """
+    systems = []
+    for part in parts:
+        fast = (part.node_link_gbs or 0) >= 50
+        limit = 64 if fast else max(part.domain, 2 * part.per_node if part.per_node > 1 else 1)
+        found = smallest_fit(work, System(part, 1), batch, limit=max(limit, part.per_node))
+        if found is not None:
+            systems.append(found)
+    return sorted(systems, key=lambda each: (each.usd_per_hour is None, each.usd_per_hour or 0.0, each.label))

@@ -82,7 +82,7 @@ def decode_step(work: Workload, system: System, layout: Layout, batch: int, assu
     rate = bandwidth(part, assume)
     shards = min(layout.tensor, work.cache_shards)
     cache = work.cache_read * local / shards
-    trunk = work.trunk_bytes / layout.tensor
+    trunk = work.trunk_bytes * work.trunk_share(layout, part.per_node)
     experts = expert_bytes(work, micro, devices=layout.expert if layout.data > 1 else 1)
     experts = experts if layout.data > 1 else experts / layout.tensor
     flops = work.flops
@@ -141,7 +141,9 @@ def prefill(work: Workload, system: System, layout: Layout, num_tokens: int, ass
         return PrefillTime(num_tokens, None, f"the arithmetic rate of {part.name} is not published")
     chunks = ceil(num_tokens / assume.prefill_chunk)
     tokens = min(num_tokens, assume.prefill_chunk)
-    read = expert_bytes(work, tokens * layout.data) / layout.expert + work.trunk_bytes / layout.tensor
+    read = expert_bytes(work, tokens * layout.data) / layout.expert + work.trunk_bytes * work.trunk_share(
+        layout, part.per_node
+    )
     memory_s = chunks * read / bandwidth(part, assume)
     flops = prefill_flops(work.config, num_tokens)
     compute_s = flops / (rate * assume.prefill_mfu * layout.tensor) * imbalance(work, layout, assume)

@@ -22,6 +22,8 @@ from fewfire.plan.memory import (
 )
 from fewfire.plan.unique import Routed
 
+_REPEATED = ("attention", "indexer", "linear_attention", "cross_attention", "norm", "router", "select_bias")
+
 
 @dataclass(frozen=True)
 class Assumptions:
@@ -90,7 +92,7 @@ class Workload:
     cache_read: int  # bytes of cache that a decode step of one sequence reads
     routed: tuple[tuple[Routed, int], ...]  # each kind of MoE layer of the decoder, and how many
     profile: RoutingProfile | None = None
-    scratch_bytes: int = 0  # activations of 512 tokens
+    scratch_bytes_per_token: float = 0.0  # activations of a step
 
     @staticmethod
     def of(
@@ -127,7 +129,7 @@ class Workload:
             cache_read=cache_read_bytes(config, context),
             routed=routed,
             profile=profile,
-            scratch_bytes=activation_bytes(config, 512),
+            scratch_bytes_per_token=activation_bytes(config, 1024) / 1024,
         )
 
     def at(self, context: int) -> Workload:
@@ -139,6 +141,20 @@ class Workload:
             flops=decode_flops(self.config, context),
             cache_read=cache_read_bytes(self.config, context),
         )
+
+    @property
+    def repeated_frac(self) -> float:
+        """Share of the trunk that every data-parallel group keeps: attention, norms, routers; the rest is split."""
+        classes = self.weights.by_class
+        kept = sum(size for kind, size in classes.items() if kind in _REPEATED)
+        whole = sum(size for kind, size in classes.items() if kind != "experts")
+        return kept / whole if any(kind in classes for kind in _REPEATED) else 0.7
+
+    def trunk_share(self, layout: Layout, per_node: int) -> float:
+        """What one device of `layout` holds (and reads) of the trunk: 1 / tensor ranks, and of what data-parallel
+        groups do not repeat, an equal part in each node. Pipeline stages apart."""
+        groups = max(1, min(layout.data, per_node // layout.tensor))
+        return (self.repeated_frac + (1 - self.repeated_frac) / groups) / layout.tensor
 
     @property
     def num_layers(self) -> int:
