@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fewfire import headers
-from fewfire.checkpoints import atomic, shards
+from fewfire import api, headers
+from fewfire.checkpoints import atomic, encodings, shards
 from fewfire.checkpoints.hub import open_hub, read_eos_ids, save_hub
 from fewfire.checkpoints.shards import Outgoing, Shards, write_safetensors
 from fewfire.errors import BudgetError, ConfigError, FewfireError, FormatError
@@ -376,3 +376,171 @@ def test_end_tokens_come_from_the_generation_config_first(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": ["7"]}')
     with pytest.raises(FormatError, match="eos_token_id"):
         read_eos_ids(folder, config)
+
+
+# ----------------------------------------------------------------------------------------------------- FP8 and MXFP4
+
+
+def to_fp8(folder: Path, scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Rewrite a folder as DeepSeek stores it: matrices as e4m3 with a scale for every 128 x 128. Returns the values."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for name, value in list(tensors.items()):
+        if value.dim() != 2 or any(part in name for part in ("embed", "lm_head", "mlp.gate.", "norm")):
+            tensors[name] = value if "correction_bias" in name else value.bfloat16()
+            continue
+        grid = tuple(-(-extent // 128) for extent in value.shape)
+        scales = torch.zeros(grid)
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                block = value[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+                scales[i, j] = block.abs().max() / 448 * (1 + 0.1 * (i + j))  # the largest code is not always used
+        scales = scales.to(scale_dtype)
+        spread = scales.float().repeat_interleave(128, 0).repeat_interleave(128, 1)[: value.shape[0], : value.shape[1]]
+        tensors[name] = (value / spread).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        values[name] = tensors[name].float() * spread
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    config |= {"quantization_config": quantization, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.fixture
+def wide_deepseek(tmp_path) -> Path:
+    """Matrices of more than one block, and none a multiple of it."""
+    from oracle.reference import make_model
+    from oracle.specs import SPECS
+
+    spec = SPECS["deepseek_v3"]
+    wide = {"hidden_size": 160, "moe_intermediate_size": 136, "intermediate_size": 300, "q_lora_rank": 130}
+    return tiny_hub.save(make_model(spec.__class__(spec.model, spec.config, spec.values | wide)), tmp_path / "fp8")
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_block_fp8_reads_as_value_times_scale(wide_deepseek, scale_dtype):
+    values = to_fp8(wide_deepseek, scale_dtype)
+    for dtype in (None, torch.float32):
+        module = load_module(wide_deepseek, dtype=dtype)
+        last = len(module.layers) - 1
+        attention, experts = module.layers[last].attention, module.layers[last].ffn.experts
+        prefix = f"model.layers.{last}."
+        for ours, name in [
+            (attention.q_up.weight, "self_attn.q_b_proj.weight"),
+            (attention.kv_down.weight, "self_attn.kv_a_proj_with_mqa.weight"),
+            (experts.up[3], "mlp.experts.3.up_proj.weight"),
+            (experts.down[7], "mlp.experts.7.down_proj.weight"),
+        ]:
+            assert ours.dtype == (dtype or torch.bfloat16)
+            assert ours.equal(values[prefix + name].to(ours.dtype)), name
+    assert load_module(wide_deepseek)(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+def test_block_fp8_goes_out_as_it_came_in(wide_deepseek, tmp_path):
+    to_fp8(wide_deepseek)
+    api.export(wide_deepseek, tmp_path / "out")
+    before, after = load_file(wide_deepseek / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.view(torch.uint8).equal(after[name].view(torch.uint8)), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    api.export(wide_deepseek, tmp_path / "plain", dtype="bf16")
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+    kinds = {value.dtype for value in load_file(tmp_path / "plain/model.safetensors").values()}
+    assert kinds == {torch.bfloat16, torch.float32}  # float32: the selection bias
+
+
+@given(codes=st.lists(st.integers(0, 255), min_size=1, max_size=40), scale=st.floats(2.0**-40, 2.0**40))
+def test_every_fp8_code_survives_bf16(codes, scale):
+    stored = torch.tensor([codes], dtype=torch.uint8)
+    stored = torch.where(stored & 0x7F == 0x7F, torch.zeros_like(stored), stored)  # no NaN
+    scales = torch.tensor([[scale]])
+    values = encodings.decode_fp8(stored.view(torch.float8_e4m3fn), scales)
+    assert encodings.encode_fp8(values.bfloat16(), scales).view(torch.uint8).equal(stored)
+
+
+def to_mxfp4(folder: Path) -> None:
+    """Rewrite a gpt-oss folder with random MXFP4 blocks and scales, as the published checkpoints have them."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(7)
+    for name, value in list(tensors.items()):
+        tensors[name] = value.bfloat16()
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, into, out = tensors.pop(name).shape
+            shape = (experts, out, into // 32)
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(118, 128, shape, generator=generator, dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+
+@pytest.fixture
+def gpt_oss(tmp_path) -> Path:
+    from oracle.reference import make_model
+    from oracle.specs import SPECS
+
+    spec = SPECS["gpt_oss"]
+    wide = {"hidden_size": 64, "intermediate_size": 96}
+    folder = tiny_hub.save(make_model(spec.__class__(spec.model, spec.config, spec.values | wide)), tmp_path / "mxfp4")
+    to_mxfp4(folder)
+    return folder
+
+
+def test_mxfp4_reads_as_transformers_reads_it(gpt_oss):
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    theirs, info = tiny_hub.load_as(
+        AutoModelForCausalLM, gpt_oss, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    module = load_module(gpt_oss)
+    for ours, other in zip(module.layers, theirs.model.layers, strict=True):
+        fused = other.mlp.experts.gate_up_proj.transpose(1, 2)
+        assert ours.ffn.experts.gate.dtype == torch.bfloat16
+        assert ours.ffn.experts.gate.equal(fused[:, 0::2]) and ours.ffn.experts.up.equal(fused[:, 1::2])
+        assert ours.ffn.experts.down.equal(other.mlp.experts.down_proj.transpose(1, 2))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_module(gpt_oss, dtype=torch.float32)(ids), theirs.float()(ids).logits, atol=1e-4, rtol=0
+        )
+
+
+def test_mxfp4_goes_out_as_it_came_in(gpt_oss, tmp_path):
+    api.export(gpt_oss, tmp_path / "out")
+    before, after = load_file(gpt_oss / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype and value.equal(after[name]), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+
+
+def test_values_and_scales_that_do_not_fit(gpt_oss, wide_deepseek):
+    to_fp8(wide_deepseek)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    blocks = "model.layers.0.mlp.experts.down_proj"
+    for folder, change, message in [
+        (wide_deepseek, lambda t: t.pop(f"{name}_scale_inv"), "has no .*_scale_inv"),
+        (wide_deepseek, lambda t: t.update({f"{name}_scale_inv": torch.ones(9, 9)}), r"shape \[9, 9\]"),
+        (wide_deepseek, lambda t: t.update({f"{name}_scale_inv": torch.ones(2, 1).int()}), "I32"),
+        (gpt_oss, lambda t: t.pop(f"{blocks}_scales"), "has no .*_scales"),
+        (gpt_oss, lambda t: t.update({f"{blocks}_scales": t[f"{blocks}_scales"][1:].clone()}), "has shape"),
+        (gpt_oss, lambda t: t.update({f"{blocks}_blocks": t[f"{blocks}_blocks"][..., :8].clone()}), "16 bytes"),
+        (gpt_oss, lambda t: t.pop(f"{blocks}_blocks"), "is missing|no part"),
+    ]:
+        whole = (folder / "model.safetensors").read_bytes()
+        change_weights(folder, change)
+        with pytest.raises(FormatError, match=message):
+            load_module(folder)
+        (folder / "model.safetensors").write_bytes(whole)
+        load_module(folder)

@@ -136,6 +136,7 @@ LEFT_OUT = {
     "minimax": r".*self_attn\.(diagonal_decay|key_decay|query_decay|slope_rate)",
     "qwen3_vl_moe": r"model\.visual\..*",
 }
+NOT_IN_TRANSFORMERS = ("kimi_k2",)  # by this model type, that is
 
 
 @torch.no_grad()
@@ -148,12 +149,16 @@ def logits_of(model, name: str) -> torch.Tensor:
 def test_every_family_goes_out_as_it_came_in_and_loads_in_transformers(name, tmp_path):
     theirs = reference.make_model(EVERY[name])
     source = tiny_hub.save(theirs, tmp_path / "source")
+    if EVERY[name].rewrite is not None:
+        EVERY[name].rewrite(source)
     api.export(source, tmp_path / "out")
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
-    left_out = {key for key in before if re.fullmatch(LEFT_OUT.get(name, "$^"), key)}
+    left_out = {key for key in before if re.fullmatch(LEFT_OUT.get(name.split("-")[0], "$^"), key)}
     assert before.keys() - after.keys() == left_out and not after.keys() - before.keys()
     for key, values in after.items():
         assert values.dtype == before[key].dtype and values.equal(before[key]), key
+    if name in NOT_IN_TRANSFORMERS:
+        return
     back, info = tiny_hub.load_as(type(theirs), tmp_path / "out")
     assert set(info["missing_keys"]) <= left_out and not info["unexpected_keys"] and not info["mismatched_keys"]
     # equal weights; float32 sums may be ordered otherwise where the memory is aligned otherwise

@@ -64,10 +64,11 @@ def load(folder: Path) -> Any:
     return model
 
 
-def load_as(kind: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+def load_as(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     """(model, what transformers says about its tensors); eager attention and experts."""
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = kind.from_pretrained(folder, dtype="auto", attn_implementation="eager", output_loading_info=True)
+        options = {"dtype": "auto", "attn_implementation": "eager", "output_loading_info": True} | options
+        model, info = kind.from_pretrained(folder, **options)
         model.set_experts_implementation("eager")
     return model.eval(), info

@@ -1,11 +1,12 @@
 """Hub tensors into the parameters of a module on the meta device: each parameter made once, never a second copy.
 
 What lies in the file as it lies in the parameter is read straight into it; the rest passes through a scratch of at
-most about `SCRATCH_BYTES` a thread. E experts.
+most about `SCRATCH_BYTES` a thread.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,23 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fewfire.checkpoints.shards import TORCH_DTYPES, Shards
+from fewfire.checkpoints.encodings import Stored, check_weights, read_values, rows_header
+from fewfire.checkpoints.shards import Shards
 from fewfire.errors import FewfireError, FormatError
 from fewfire.families import HubTensor, Piece, part
-from fewfire.headers import DTYPE_BYTES, TensorHeader
 
-SCRATCH_BYTES = 64 * 2**20
-WEIGHT_DTYPES = ("F32", "BF16", "F16", "F64")
+SCRATCH_BYTES = 64 * 2**20  # of float32, whatever the files hold
 _SMALL = ("norm", "router", "sinks", "select_bias", "head_weights", "a_log", "dt_bias")
 
 
 class Chunk(NamedTuple):
-    """A run of a hub tensor along its leading axis (of the view), read and placed at once."""
+    """A hub tensor, or a run of its rows along the leading axis (of the view), read and placed at once."""
 
     tensor: HubTensor
-    header: TensorHeader
-    start: int
-    stop: int
+    stored: Stored
+    rows: tuple[int, int] | None
 
 
 class Filler:
@@ -40,19 +39,18 @@ class Filler:
     def __init__(
         self,
         table: Sequence[HubTensor],
-        headers: Mapping[str, TensorHeader],
+        stored: Mapping[str, Stored],
         module: nn.Module,
         *,
         dtype: torch.dtype | None,
         exact: bool,
     ):
-        self.table, self.headers, self.module = table, headers, module
-        dtypes = _parameter_dtypes(table, headers, dtype, exact)
-        self.targets = _allocate(module, dtypes)
+        self.table, self.stored, self.module = table, stored, module
+        self.targets = _allocate(module, _parameter_dtypes(table, stored, dtype, exact))
         self._filled: Counter[str] = Counter()
 
     def run(self) -> None:
-        chunks = sorted(self._chunks(), key=lambda chunk: (str(chunk.header.path), chunk.header.offset))
+        chunks = sorted(self._chunks(), key=lambda chunk: (*chunk.stored.where, chunk.rows or (0, 0)))
         with Shards() as shards, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             try:
                 for placed in pool.map(lambda chunk: self._place(chunk, shards), chunks):
@@ -70,80 +68,67 @@ class Filler:
 
     def _chunks(self) -> Iterator[Chunk]:
         for tensor in self.table:
-            header = self.headers[tensor.name]
-            extent = _leading(tensor)
-            if not _splits(tensor):
-                yield Chunk(tensor, header, 0, extent)
+            stored, shape = self.stored[tensor.name], tensor.view or tensor.shape
+            if not _splits(tensor, stored):
+                yield Chunk(tensor, stored, None)
                 continue
-            rows = max(1, SCRATCH_BYTES * extent // max(header.num_bytes, 1))
-            for start in range(0, extent, rows):
-                yield _chunk(tensor, header, start, min(start + rows, extent))
+            rows = max(1, SCRATCH_BYTES // max(4 * math.prod(shape[1:]), 1))
+            rows = max(stored.step, rows - rows % stored.step)
+            for start in range(0, shape[0], rows):
+                yield Chunk(tensor, stored, (start, min(start + rows, shape[0])))
 
     def _place(self, chunk: Chunk, shards: Shards) -> list[tuple[str, int]]:
         """Read `chunk` into the parameters; (name, number of values) of each that was given some."""
-        tensor, header = chunk.tensor, chunk.header
-        destinations = [(piece, self._destination(chunk, piece)) for piece in tensor.pieces]
-        first = destinations[0][1]
-        plain = len(destinations) == 1 and not tensor.pieces[0].transpose and tensor.pieces[0].span is None
-        if plain and first.is_contiguous() and first.dtype == TORCH_DTYPES[header.dtype]:
-            shards.read_into(header, first)
+        tensor, stored, rows = chunk
+        destinations = [(piece, self._destination(piece, rows)) for piece in tensor.pieces]
+        first, only = destinations[0][1], tensor.pieces[0]
+        as_it_lies = len(tensor.pieces) == 1 and not only.transpose and only.span is None and stored.encoding == "plain"
+        if as_it_lies and first.is_contiguous() and first.dtype == stored.dtype:
+            header = stored.parts[0]._replace(shape=tensor.view or tensor.shape)
+            shards.read_into(header if rows is None else rows_header(header, *rows), first)
         else:
-            values = shards.read(header)
-            shape = (chunk.stop - chunk.start, *(tensor.view or tensor.shape)[1:]) if tensor.shape else ()
-            whole = HubTensor(tensor.name, shape, tensor.pieces)
+            if stored.encoding == "plain":
+                stored = stored._replace(parts=(stored.parts[0]._replace(shape=tensor.view or tensor.shape),))
+            values = read_values(shards, stored, rows)
+            viewed = HubTensor(tensor.name, tuple(values.shape), tensor.pieces)
             for piece, destination in destinations:
-                given = part(values.reshape(shape), whole, piece)
+                given = part(values, viewed, piece)
                 assert given.shape == destination.shape, f"{tensor.name} -> {piece}: {given.shape}, {destination.shape}"
                 destination.copy_(given)
         return [(piece.ours, destination.numel()) for piece, destination in destinations]
 
-    def _destination(self, chunk: Chunk, piece: Piece) -> Tensor:
+    def _destination(self, piece: Piece, rows: tuple[int, int] | None) -> Tensor:
         target = self.targets[piece.ours]
         if piece.row is not None:
             target = target[piece.row]
-        return target[chunk.start : chunk.stop] if _splits(chunk.tensor) else target
+        return target if rows is None else target[slice(*rows)]
 
 
-def _leading(tensor: HubTensor) -> int:
-    shape = tensor.view or tensor.shape
-    return shape[0] if shape else 1
-
-
-def _splits(tensor: HubTensor) -> bool:
+def _splits(tensor: HubTensor, stored: Stored) -> bool:
     """Whether rows of the leading axis are rows of every piece: then the tensor can be read in runs of them."""
     shape = tensor.view or tensor.shape
-    return len(shape) > 0 and all(
+    if not shape or (stored.encoding != "plain" and tensor.view is not None):
+        return False
+    return all(
         (piece.span is None or piece.axis > 0) and (not piece.transpose or len(shape) > 2) for piece in tensor.pieces
     )
 
 
-def _chunk(tensor: HubTensor, header: TensorHeader, start: int, stop: int) -> Chunk:
-    row_bytes = header.num_bytes // max(_leading(tensor), 1)
-    rows = (stop - start, *(tensor.view or tensor.shape)[1:])
-    piece = header._replace(shape=rows, offset=header.offset + start * row_bytes, num_bytes=(stop - start) * row_bytes)
-    return Chunk(tensor, piece, start, stop)
-
-
 def _parameter_dtypes(
-    table: Sequence[HubTensor], headers: Mapping[str, TensorHeader], dtype: torch.dtype | None, exact: bool
+    table: Sequence[HubTensor], stored: Mapping[str, Stored], dtype: torch.dtype | None, exact: bool
 ) -> dict[str, torch.dtype]:
     """The dtype of each parameter that `table` fills. Raises FormatError for values that are no weights."""
-    stored: dict[str, torch.dtype] = {}
+    found: dict[str, torch.dtype] = {}
     sizes: Counter[torch.dtype] = Counter()
     for tensor in table:
-        header = headers[tensor.name]
-        if header.dtype not in WEIGHT_DTYPES:
-            raise FormatError(
-                f"is {header.dtype}, expected {', '.join(WEIGHT_DTYPES)}; use the unquantized checkpoint",
-                path=str(header.path),
-                record=header.name,
-            )
-        own = torch.float32 if header.dtype == "F64" and not exact else TORCH_DTYPES[header.dtype]
-        sizes[own] += header.num_bytes // DTYPE_BYTES[header.dtype]
+        source = stored[tensor.name]
+        check_weights(source)
+        own = torch.float32 if source.dtype == torch.float64 and not exact else source.dtype
+        sizes[own] += math.prod(source.shape)
         for piece in tensor.pieces:
-            stored[piece.ours] = torch.promote_types(stored.get(piece.ours, own), own)
+            found[piece.ours] = torch.promote_types(found.get(piece.ours, own), own)
     main = dtype or (sizes.most_common(1)[0][0] if sizes else torch.float32)
-    return {name: _run_dtype(name, own, main, dtype) if not exact else own for name, own in stored.items()}
+    return {name: own if exact else _run_dtype(name, own, main, dtype) for name, own in found.items()}
 
 
 def _run_dtype(name: str, own: torch.dtype, main: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from fewfire import families
 from fewfire.checkpoints import atomic
+from fewfire.checkpoints.encodings import Stored, encoded_like, pair_parts
 from fewfire.checkpoints.fill import Filler
 from fewfire.checkpoints.shards import SHARD_BYTES, TORCH_DTYPES, Outgoing, write_shards
 from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError, FormatError
 from fewfire.families import HubTensor
-from fewfire.headers import TensorHeader, read_checkpoint
+from fewfire.headers import read_checkpoint
 from fewfire.tokenizer import Tokenizer
 
 # What travels with the weights as it is: the text side of a model, and how it likes to be sampled.
@@ -50,7 +51,7 @@ class HubCheckpoint:
     folder: Path
     config: ModelConfig
     table: tuple[HubTensor, ...]
-    headers: Mapping[str, TensorHeader]
+    stored: Mapping[str, Stored]
     ignored: tuple[str, ...]
 
     def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> None:
@@ -60,7 +61,7 @@ class HubCheckpoint:
         small tensors keep theirs. `exact`: every tensor keeps its dtype, for writing back rather than running.
         Raises: FormatError where the files are damaged or the module and the checkpoint disagree.
         """
-        Filler(self.table, self.headers, module, dtype=dtype, exact=exact).run()
+        Filler(self.table, self.stored, module, dtype=dtype, exact=exact).run()
 
 
 def open_hub(folder: str | Path, *, ignore: Iterable[str] = ()) -> HubCheckpoint:
@@ -71,11 +72,11 @@ def open_hub(folder: str | Path, *, ignore: Iterable[str] = ()) -> HubCheckpoint
     """
     folder = Path(folder)
     config = read_hub_config(folder, ignore=ignore)
-    headers = read_checkpoint(folder)
-    shapes = {name: header.shape for name, header in headers.items()}
+    stored = pair_parts(read_checkpoint(folder))
+    shapes = {name: each.shape for name, each in stored.items()}
     table = families.match(config, shapes)
     ignored = _compare(folder, config, table, shapes)
-    return HubCheckpoint(folder, config, tuple(table), headers, ignored)
+    return HubCheckpoint(folder, config, tuple(table), stored, ignored)
 
 
 def read_hub_config(folder: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
@@ -159,6 +160,7 @@ def save_hub(
     tokenizer: Tokenizer | None = None,
     companions: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    like: HubCheckpoint | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> None:
@@ -166,13 +168,18 @@ def save_hub(
 
     `companions`: a folder whose tokenizer, template and generation files are copied as they are; `tokenizer` is
     written where that gives none. `dtype` None: every tensor as it is. Selection biases stay float32.
+    `like`: the checkpoint that `module` was filled from and still equals: its layout, FP8 and MXFP4 are kept.
     Raises: ConfigError where the family cannot express the model or `folder` is taken, BudgetError on a full disk.
     """
     folder, source = Path(folder), getattr(module, "config", None)
     assert isinstance(source, ModelConfig)
     state = {name: values.detach() for name, values in module.state_dict().items()}
-    config = dataclasses.replace(source, native_format=_native_format(state, dtype))
-    hub_config, tensors = families.write_config(config), outgoing(config, state, dtype)
+    encoded = like is not None and any(each.encoding != "plain" for each in like.stored.values())
+    config = source if encoded else dataclasses.replace(source, native_format=_native_format(state, dtype))
+    table = families.tensors(config) if like is None else like.table
+    hub_config, tensors = families.write_config(config), outgoing(table, state, dtype)
+    if like is not None:
+        tensors = [each for plain in tensors for each in encoded_like(like.stored[plain.name], plain)]
     with atomic.replacing_folder(folder, overwrite=overwrite) as temporary:
         _write_object(temporary / "config.json", hub_config)
         _write_object(temporary / "generation_config.json", _generation_config(config))
@@ -185,10 +192,10 @@ def save_hub(
         write_shards(temporary, tensors, shard_bytes)
 
 
-def outgoing(config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[Outgoing]:
+def outgoing(table: Iterable[HubTensor], state: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[Outgoing]:
     """The hub tensors of `state` (our names), each assembled when it is written."""
     result = []
-    for tensor in families.tensors(config):
+    for tensor in table:
         kept = dtype is None or any(piece.ours.endswith("select_bias") for piece in tensor.pieces)
         stored = state[tensor.pieces[0].ours].dtype if kept else dtype
         assert stored is not None

@@ -7,20 +7,27 @@ from pathlib import Path
 
 import torch
 
-from fewfire.checkpoints.hub import open_hub
+from fewfire.checkpoints.hub import HubCheckpoint, open_hub
 from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
+from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.recurrent import Recurrent
 
 
 def load_module(
     folder: str | Path, *, dtype: torch.dtype | None = None, exact: bool = False, ignore: Iterable[str] = ()
-) -> Decoder | Recurrent:
+) -> Decoder | EncoderDecoder | Recurrent:
     """The model of a hub-layout folder, in evaluation mode. `dtype` and `exact` as `HubCheckpoint.fill`.
 
     Raises: ConfigError for a config that is not understood, FormatError for files that do not fit it.
     """
-    checkpoint = open_hub(folder, ignore=ignore)
+    return fill_module(open_hub(folder, ignore=ignore), dtype=dtype, exact=exact)
+
+
+def fill_module(
+    checkpoint: HubCheckpoint, *, dtype: torch.dtype | None = None, exact: bool = False
+) -> Decoder | EncoderDecoder | Recurrent:
+    """The model of an opened checkpoint; see `load_module`."""
     with torch.device("meta"):
         module = build_model(checkpoint.config)
     checkpoint.fill(module, dtype=dtype, exact=exact)
