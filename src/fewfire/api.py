@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from fewfire.checkpoints.atomic import refuse_occupied
-from fewfire.checkpoints.hub import open_hub, read_eos_ids, save_hub
+from fewfire.checkpoints.hub import read_eos_ids, save_hub
 from fewfire.config import ModelConfig, cache_folder, check
 from fewfire.errors import ConfigError
+from fewfire.evaluate import Evaluation, Windowing
+from fewfire.evaluate import evaluate as evaluate_module
+from fewfire.evaluate.perplexity import Progress
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
 from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
-from fewfire.runtime.load import fill_module, load_module
+from fewfire.runtime.load import load_module
 from fewfire.runtime.sampling import Sampling
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
@@ -150,6 +153,24 @@ class Model:
             return self.module(ids_BT)
         assert isinstance(self.module, EncoderDecoder)
         return self.module.teacher_forced(ids_BT, self._checked_ids(decoder_ids_BT, "decoder_ids_BT"))
+
+    def evaluate(
+        self,
+        data: str | Path | Sequence[str | Path],
+        *,
+        field: str = "text",
+        progress: Progress | None = None,
+        **windowing: Any,
+    ) -> Evaluation:
+        """Perplexity and bits per byte on text files, folders and JSONL (`field`); accuracy where it holds choices.
+
+        Options: the fields of `Windowing` (context, stride, max_tokens, like), which says what each figure counts.
+        `progress` receives tokens scored and their nats so far.
+        Raises: ConfigError for a model or data that cannot be evaluated, FormatError for malformed lines.
+        """
+        return evaluate_module(
+            self.module, self.tokenizer, data, field=field, windowing=Windowing(**windowing), progress=progress
+        )
 
     def _checked_ids(self, ids: Any, name: str) -> Tensor:
         try:
@@ -309,8 +330,7 @@ def export(model: str | Path, out: str | Path, *, to: str = "hf", dtype: str | N
     check(to in EXPORTS, f"export to {to!r} is not known; expected one of {', '.join(EXPORTS)}")
     refuse_occupied(out)
     folder = locate(model)
-    checkpoint = open_hub(folder)
-    module = fill_module(checkpoint, exact=True)
-    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype), like=checkpoint if dtype is None else None)
+    module = load_module(folder, exact=True)
+    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype))
     files = sorted(path for path in Path(out).iterdir() if path.is_file())
     return Exported(Path(out), [path.name for path in files], sum(path.stat().st_size for path in files))

@@ -32,6 +32,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("demo", "demo", "The whole way on a model trained here and now, offline, in minutes"),
     "train": Verb("train", "train", "Pretrain or fine-tune from a TOML file; goes on where it stopped"),
     "generate": Verb("generate", "generate", "Go on from a prompt, in the terminal or as JSON"),
+    "eval": Verb("eval", "evaluate", "Perplexity, bits per byte and accuracy on your own text or questions"),
     "export": Verb("export", "export", "Write a model in hub layout, as transformers loads it"),
     "plan": Verb("plan", "plan", "Total and active parameters, memory, fit, speed, cost of a model"),
     "models": Verb("models", "models", "The families, the published models known by name, and the hardware catalogue"),

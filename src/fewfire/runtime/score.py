@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fewfire.balance import LoadHealth, LoadMonitor
+from fewfire.model.moe import Observer
 
-ROWS = 2048  # logits exist for this many rows at a time
+LOGITS = 2**25  # this many exist at a time, so that a large vocabulary does not cost memory
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,21 @@ def score_batches(
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
     for tokens_BL, mask_BL in batches:
         with context:
-            hidden = model.hidden(tokens_BL[:, :-1], observe=monitor.observe)[mask_BL]  # type: ignore[operator]
-            targets = tokens_BL[:, 1:][mask_BL]
-            for start in range(0, len(targets), ROWS):
-                logits = model.logits(hidden[start : start + ROWS])  # type: ignore[operator]
-                rows = torch.nn.functional.cross_entropy(logits.float(), targets[start : start + ROWS], reduction="sum")
-                total += float(rows.double())
-        tokens += len(targets)
+            nats = token_nats(model, tokens_BL, mask_BL, observe=monitor.observe)
+        total += float(nats.double().sum())
+        tokens += len(nats)
     model.train(was_training)
     return Score(total, tokens, tuple(monitor.health()))
+
+
+@torch.no_grad()
+def token_nats(model: nn.Module, tokens_BL: Tensor, mask_BL: Tensor, *, observe: Observer | None = None) -> Tensor:
+    """Float32 nats of each target that counts, in the order of `mask_BL`'s True: tokens (B, L+1), mask (B, L)."""
+    hidden = model.hidden(tokens_BL[:, :-1], observe=observe)[mask_BL]  # type: ignore[operator]
+    targets = tokens_BL[:, 1:][mask_BL]
+    rows = max(1, LOGITS // model.config.vocab_size)  # type: ignore[operator, union-attr]
+    nats = [
+        torch.nn.functional.cross_entropy(model.logits(part).float(), ids, reduction="none")  # type: ignore[operator]
+        for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(nats)

@@ -1,0 +1,89 @@
+"""`fewfire eval MODEL DATA`: perplexity, bits per byte and accuracy on the user's own data. Parses, calls, prints."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fewfire.evaluate import Evaluation
+
+
+_DATA = "A text file, JSONL, Parquet, or a folder of them; JSONL of question (or prompt), choices, answer."
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, a .gguf file, a training run, or demo.")],
+    data: Annotated[str, typer.Argument(help=_DATA)],
+    field: Annotated[str, typer.Option(help="Where a JSONL line or a Parquet row has its text.")] = "text",
+    context: Annotated[int | None, typer.Option(help="Tokens read at once (default: 2048, or all).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens scored a window (default: the context).")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Score this many tokens at most.")] = None,
+    like: Annotated[str, typer.Option(help="Whose windows: lm-eval (every token counts) or llama.cpp.")] = "lm-eval",
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure a model on your own text or questions. docs/perplexity.md says what is counted, and how."""
+    from fewfire import api
+    from fewfire.cli.output import print_json
+    from fewfire.data import corpus_files
+
+    corpus_files(data)  # a mistyped path is said before a model is loaded
+    loaded = api.load(model, threads=threads)
+    options = {"context": context, "stride": stride, "max_tokens": max_tokens, "like": like}
+    with _Progress() as progress:
+        figures = loaded.evaluate(data, field=field, progress=progress.report, **options)
+    if as_json:
+        print_json(figures.to_json())
+    else:
+        sys.stdout.write(_summary(figures))
+
+
+def _summary(figures: Evaluation) -> str:
+    error = "" if figures.perplexity_error is None else f" +- {figures.perplexity_error:.3f}"
+    what = "questions" if figures.accuracy is not None else "texts"
+    lines = []
+    if figures.accuracy is not None and figures.accuracy_normalised is not None:
+        by_length = f"{100 * figures.accuracy_normalised:.1f} % by probability per character"
+        lines.append(f"accuracy       {100 * figures.accuracy:.1f} %, {by_length}; {figures.texts:,} questions")
+        lines.append("of the right answers:")
+    lines.append(f"perplexity     {figures.perplexity:.4f}{error}")
+    lines.append(f"bits per byte  {figures.bits_per_byte:.4f}")
+    lines.append(f"tokens         {figures.tokens:,} ({figures.num_bytes:,} bytes) of {figures.texts:,} {what}")
+    if figures.accuracy is None:
+        stride = "" if figures.like == "llama.cpp" else f", {figures.stride} scored each"
+        lines.append(f"windows        of {figures.context} tokens{stride}, as {figures.like} cuts them")
+    return "\n".join(lines) + "\n"
+
+
+class _Progress:
+    """Tokens so far, their perplexity and speed on stderr: one line rewritten in a terminal, else one each 10 s."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._every_s = 0.2 if self._terminal else 10.0
+        self._begin = self._told = time.perf_counter()
+        self._open = False
+
+    def report(self, tokens: int, nats: float) -> None:
+        now = time.perf_counter()
+        if now - self._told < self._every_s:
+            return
+        self._told, mean = now, nats / max(1, tokens)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        line = f"{tokens:,} tokens, perplexity {perplexity:.3f}, {tokens / (now - self._begin):,.0f} tokens/s"
+        sys.stderr.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
+        sys.stderr.flush()
+        self._open = self._terminal
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
