@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewfire.checkpoints.atomic import refuse_occupied
-from fewfire.checkpoints.hub import read_eos_ids, save_hub
+from fewfire.checkpoints.hub import open_hub, read_eos_ids, save_hub
 from fewfire.config import ModelConfig, cache_folder, check
 from fewfire.errors import ConfigError
 from fewfire.evaluate import Evaluation, Windowing
@@ -23,7 +23,7 @@ from fewfire.evaluate.perplexity import Progress
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
 from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
-from fewfire.runtime.load import load_module
+from fewfire.runtime.load import fill_module, load_module
 from fewfire.runtime.sampling import Sampling
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
@@ -330,7 +330,8 @@ def export(model: str | Path, out: str | Path, *, to: str = "hf", dtype: str | N
     check(to in EXPORTS, f"export to {to!r} is not known; expected one of {', '.join(EXPORTS)}")
     refuse_occupied(out)
     folder = locate(model)
-    module = load_module(folder, exact=True)
-    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype))
+    checkpoint = open_hub(folder)
+    module = fill_module(checkpoint, exact=True)
+    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype), like=checkpoint if dtype is None else None)
     files = sorted(path for path in Path(out).iterdir() if path.is_file())
     return Exported(Path(out), [path.name for path in files], sum(path.stat().st_size for path in files))
