@@ -98,6 +98,19 @@ void swiglu_backward(bool is_bf16, std::uintptr_t grad_hidden, std::uintptr_t pr
     call(table().swiglu_backward_f32, pointer<float>(0));
 }
 
+void sum_rows(bool is_bf16, std::uintptr_t rows, std::uintptr_t positions, std::int64_t count, std::int64_t slots,
+              std::int64_t width, std::uintptr_t sums, std::int64_t num_threads) {
+    const auto call = [&]<class Element>(auto* kernel, Element*) {
+        const auto part = [&](std::int64_t begin, std::int64_t end) {
+            kernel(pointer<const Element>(rows), pointer<const std::int64_t>(positions) + begin * slots, end - begin,
+                   slots, width, pointer<float>(sums) + begin * width);
+        };
+        fewfire::parallel_rows(count, num_threads, kElementsPerThread / std::max<std::int64_t>(width * slots, 1), part);
+    };
+    if (is_bf16) return call(table().sum_rows_bf16, pointer<bf16>(0));
+    call(table().sum_rows_f32, pointer<float>(0));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -110,4 +123,5 @@ NB_MODULE(_native, m) {
     m.def("group_by_expert", &group_by_expert, unlocked);
     m.def("swiglu_forward", &swiglu_forward, unlocked);
     m.def("swiglu_backward", &swiglu_backward, unlocked);
+    m.def("sum_rows", &sum_rows, unlocked);
 }

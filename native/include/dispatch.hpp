@@ -46,6 +46,13 @@ struct Table {
                                 std::int64_t width, float* grad_pre, float* hidden, float* grad_weights);
     void (*swiglu_backward_bf16)(const bf16* grad_hidden, const bf16* pre, const float* weights, std::int64_t rows,
                                  std::int64_t width, bf16* grad_pre, bf16* hidden, float* grad_weights);
+
+    // sums (count, width): row t is the sum of the `slots` rows that positions (count, slots) names, in slot order;
+    // a negative position adds nothing. Sums are float32.
+    void (*sum_rows_f32)(const float* rows, const std::int64_t* positions, std::int64_t count, std::int64_t slots,
+                         std::int64_t width, float* sums);
+    void (*sum_rows_bf16)(const bf16* rows, const std::int64_t* positions, std::int64_t count, std::int64_t slots,
+                          std::int64_t width, float* sums);
 };
 
 void fill_scalar(Table& table);

@@ -25,3 +25,6 @@ def swiglu_backward(
     num_threads: int,
     /,
 ) -> None: ...
+def sum_rows(
+    is_bf16: bool, rows: int, positions: int, count: int, slots: int, width: int, sums: int, num_threads: int, /
+) -> None: ...

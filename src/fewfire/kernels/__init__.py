@@ -2,6 +2,7 @@
 
 from fewfire.kernels.activation import swiglu_backward, swiglu_forward
 from fewfire.kernels.isa import current_isa, keep_freed_memory, set_isa, supported_isas
+from fewfire.kernels.rows import sum_rows
 from fewfire.kernels.selection import group_by_expert, top_k
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "group_by_expert",
     "keep_freed_memory",
     "set_isa",
+    "sum_rows",
     "supported_isas",
     "swiglu_backward",
     "swiglu_forward",

@@ -54,3 +54,9 @@ def swiglu_backward(
         return grad_pre_RP, hidden_RF, None
     grad_weights_R = (grad_RF * hidden_RF).sum(dim=-1, dtype=weights_R.dtype)
     return grad_pre_RP, hidden_RF * weights_R1, grad_weights_R
+
+
+def sum_rows(rows_AD: Tensor, positions_TK: Tensor) -> Tensor:
+    """Each token's rows added up in slot order, float32."""
+    padded = torch.cat((rows_AD.float(), rows_AD.new_zeros((1, rows_AD.shape[1]), dtype=torch.float32)))
+    return padded[positions_TK.clamp(min=-1)].sum(dim=1)  # a negative position is the zero row at the end

@@ -44,7 +44,8 @@ class Experts(nn.Module):
         token_A = order_A // routing.ids_TK.shape[1]
         if self.weight_on == "output" and not self.config.bias:
             weights = (self.gate, self.up, self.down)
-            return GroupedExperts.apply(x_TD, weights_A, token_A, offsets, self.config, dtype, *weights)
+            positions_TK = _positions(order_A, *routing.ids_TK.shape)
+            return GroupedExperts.apply(x_TD, weights_A, token_A, positions_TK, offsets, self.config, dtype, *weights)
         return self._by_group(x_TD, weights_A, token_A, offsets.tolist())
 
     def _by_group(self, x_TD: Tensor, weights_A: Tensor, token_A: Tensor, offsets: list[int]) -> Tensor:
@@ -102,6 +103,7 @@ class GroupedExperts(torch.autograd.Function):
         x_TD: Tensor,
         weights_A: Tensor,
         token_A: Tensor,
+        positions_TK: Tensor,
         offsets: Tensor,
         config: FeedForwardConfig,
         dtype: torch.dtype,
@@ -118,14 +120,14 @@ class GroupedExperts(torch.autograd.Function):
         y_AD = torch.empty_like(x_AD)
         down_cast = down.to(dtype)
         _products(hidden_AF, down_cast, bounds, out=y_AD, transpose=True)
-        ctx.save_for_backward(x_AD, pre_AP, weights_A, token_A, into, down_cast)
+        ctx.save_for_backward(x_AD, pre_AP, weights_A, token_A, positions_TK, into, down_cast)
         ctx.bounds, ctx.config = bounds, config
-        ctx.gated, ctx.shape, ctx.dtypes = gate is not None, x_TD.shape, (x_TD.dtype, up.dtype, down.dtype)
-        return _scatter_rows(y_AD, token_A, x_TD.shape[0]).to(x_TD.dtype)
+        ctx.gated, ctx.dtypes = gate is not None, (x_TD.dtype, up.dtype, down.dtype)
+        return kernels.sum_rows(y_AD, positions_TK).to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple:
-        x_AD, pre_AP, weights_A, token_A, into, down = ctx.saved_tensors
+        x_AD, pre_AP, weights_A, token_A, positions_TK, into, down = ctx.saved_tensors
         dtype, bounds = x_AD.dtype, ctx.bounds
         dy_AD = dy_TD.to(dtype)[token_A]
         dscaled_AF = dy_AD.new_empty((dy_AD.shape[0], down.shape[2]))
@@ -135,10 +137,10 @@ class GroupedExperts(torch.autograd.Function):
         dinto = _outer_products(dpre_AP, x_AD, bounds, ctx.dtypes[1])
         dx_AD = torch.empty_like(x_AD)
         _products(dpre_AP, into, bounds, out=dx_AD, transpose=False)
-        dx_TD = _scatter_rows(dx_AD, token_A, ctx.shape[0]).to(ctx.dtypes[0])
+        dx_TD = kernels.sum_rows(dx_AD, positions_TK).to(ctx.dtypes[0])
         half = dinto.shape[1] // 2
         dgate, dup = (dinto[:, :half], dinto[:, half:]) if ctx.gated else (None, dinto)
-        return dx_TD, dweights_A, None, None, None, None, dgate, dup, ddown
+        return dx_TD, dweights_A, None, None, None, None, None, dgate, dup, ddown
 
 
 def _stack_in(gate: Tensor | None, up: Tensor, dtype: torch.dtype) -> Tensor:
@@ -193,14 +195,17 @@ def _products(x_AD: Tensor, weight: Tensor, bounds: list[int], *, out: Tensor, t
 
 def _outer_products(left_AM: Tensor, right_AN: Tensor, bounds: list[int], dtype: torch.dtype) -> Tensor:
     """(E, M, N): left[group e]^T @ right[group e]; zero for a group without rows."""
-    out = torch.zeros((len(bounds) - 1, left_AM.shape[1], right_AN.shape[1]), dtype=dtype)
+    out = left_AM.new_empty((len(bounds) - 1, left_AM.shape[1], right_AN.shape[1]))
     for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
         if b > a:
-            product = torch.mm(left_AM[a:b].t(), right_AN[a:b])
-            out[e] = product
-    return out
+            torch.mm(left_AM[a:b].t(), right_AN[a:b], out=out[e])
+        else:
+            out[e].zero_()
+    return out.to(dtype)
 
 
-def _scatter_rows(rows_AD: Tensor, token_A: Tensor, num_tokens: int) -> Tensor:
-    """(T, D) sums of the rows of each token, float32 sums, in the fixed order of the assignments."""
-    return torch.zeros((num_tokens, rows_AD.shape[1]), dtype=torch.float32).index_add_(0, token_A, rows_AD.float())
+def _positions(order_A: Tensor, num_tokens: int, top_k: int) -> Tensor:
+    """(T, K): where in the sorted rows each assignment lies; -1 where it was dropped."""
+    flat = torch.full((num_tokens * top_k,), -1, dtype=torch.int64)
+    flat[order_A] = torch.arange(order_A.numel())
+    return flat.view(num_tokens, top_k)
