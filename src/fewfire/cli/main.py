@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("eval", "evaluate", "Perplexity, bits per byte and accuracy on your own text or questions"),
     "export": Verb("export", "export", "Write a model in hub layout, as transformers loads it"),
     "plan": Verb("plan", "plan", "Total and active parameters, memory, fit, speed, cost of a model"),
+    "doctor": Verb("doctor", "doctor", "What this machine can do, measured"),
     "models": Verb("models", "models", "The families, the published models known by name, and the hardware catalogue"),
 }
 

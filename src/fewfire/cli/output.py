@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,3 +52,21 @@ def table(*columns: str, title: str | None = None) -> Table:
 def note(message: str) -> None:
     """One line on stderr."""
     sys.stderr.write(f"{message}\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises ConfigError where its folder cannot be written."""
+    import os
+
+    from fewfire.errors import ConfigError
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError, IsADirectoryError) as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

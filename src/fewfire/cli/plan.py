@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fewfire.plan import Plan
-    from fewfire.plan.machine import Machine
+    from fewfire.plan.cost import Demand
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="A published name, a size such as 400b-a30b, or a checkpoint's folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A published name, a size such as 400b-a30b, a folder, a .gguf file or a hub id.")
+    ],
     quant: Annotated[str, typer.Option(help="Weight format: native, fp16, bf16, fp8, q8, q4, mxfp4, ...")] = "native",
     experts: Annotated[str | None, typer.Option(help="Format of the routed experts alone.")] = None,
     trunk: Annotated[str | None, typer.Option(help="Format of all that is not a routed expert.")] = None,
@@ -22,13 +23,44 @@ def plan(
     head: Annotated[str | None, typer.Option(help="Format of the output head.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence (default 4096).")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences at once (default 1).")] = None,
-    hardware: Annotated[str | None, typer.Option(help="8xH200, 'RTX 4090', laptop-32; several with commas.")] = None,
-    memory: Annotated[str | None, typer.Option(help="A budget such as 8GiB: is the floor below it?")] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="8xH200, 'RTX 4090', laptop-32, here; several with commas (default: ranked).")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="A budget such as 8GiB: what streams, and how fast.")] = None,
     versus: Annotated[str | None, typer.Option(help="Another model beside this one.")] = None,
+    routing: Annotated[Path | None, typer.Option(help="Expert counts recorded on your text (JSON).")] = None,
+    domain: Annotated[str | None, typer.Option(help="The domain of --routing to use (default: all).")] = None,
+    measured: Annotated[
+        str | None, typer.Option(help="Decode speeds of the first machine, as 1=17.0,4=36.4: calibrates the rest.")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="Prompt tokens that prefill is timed for.")] = None,
+    tokens_per_month: Annotated[str | None, typer.Option(help="Tokens in and out a month, as 2b or 500m.")] = None,
+    output_share: Annotated[float, typer.Option(help="Part of the tokens that is generated.")] = 0.25,
+    burstiness: Annotated[float, typer.Option(help="Busiest hour over the mean.")] = 1.0,
+    ops_usd_per_month: Annotated[float, typer.Option(help="People and extras of self-hosting.")] = 0.0,
+    price: Annotated[float | None, typer.Option(help="Dollars a device-hour, instead of the catalogue's.")] = None,
+    buy_usd: Annotated[float | None, typer.Option(help="Bought instead of rented: price of one device.")] = None,
+    years: Annotated[float, typer.Option(help="Years over which it is written off.")] = 3.0,
+    power_kw: Annotated[float, typer.Option(help="Power of one device, all in.")] = 0.0,
+    usd_per_kwh: Annotated[float, typer.Option(help="Price of power.")] = 0.15,
+    currency: Annotated[str | None, typer.Option(help="Show money in another currency, as KES=129.")] = None,
+    api_prices: Annotated[
+        bool, typer.Option("--api-prices", help="Read prices from the installed genai-prices package.")
+    ] = False,
+    train_tokens: Annotated[str | None, typer.Option(help="Cost of training on so many tokens, as 1t.")] = None,
+    simulate: Annotated[int | None, typer.Option(help="Simulate a day of so many requests.")] = None,
+    answer: Annotated[int, typer.Option(help="Answer tokens of a simulated request.")] = 300,
+    explain: Annotated[
+        str | None, typer.Option(help="Formula, numbers and source of one figure, or of all of them (all).")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    launch: Annotated[bool, typer.Option("--launch", help="Commands for vLLM and SGLang.")] = False,
+    placement: Annotated[Path | None, typer.Option(help="Write the expert placement from --routing here.")] = None,
+    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json to leave aside.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """What a model needs, how fast it runs and what it costs, before anything is bought or downloaded."""
-    from fewfire.cli.output import console, print_json
+    from fewfire.cli.output import console, note, print_json
     from fewfire.plan import plan as make_plan
     from fewfire.plan.subject import not_published
 
@@ -41,206 +73,133 @@ def plan(
             console().print(words)
         return
     made = make_plan(
-        model, quant=quant, experts=experts, trunk=trunk, down=down, head=head, context=context, batch=batch,
-        hardware=hardware, memory=memory, versus=versus,
-    )  # fmt: skip
+        model,
+        quant=quant,
+        experts=experts,
+        trunk=trunk,
+        down=down,
+        head=head,
+        context=context,
+        batch=batch,
+        hardware=hardware,
+        memory=memory,
+        versus=versus,
+        routing=routing,
+        domain=domain,
+        measured=measured,
+        price=_device_price(price, buy_usd, years, power_kw, usd_per_kwh),
+        demand=_demand(tokens_per_month, output_share, burstiness, ops_usd_per_month),
+        api_price=_api_price(model, api_prices),
+        train_tokens=_count(train_tokens, "--train-tokens"),
+        traffic=_traffic(simulate, prompt, answer),
+        prompt_tokens=prompt,
+        currency=_currency(currency),
+        ignore_keys=ignore_key or (),
+    )
+    for warning in made.warnings:
+        note(f"warning: {warning}")
+    _write_files(made, html, placement)
     if as_json:
-        print_json(made.to_json())
+        _print_json(made, explain, launch)
         return
-    print_plan(made, console())
+    from fewfire.cli import plan_tables
+
+    out = console()
+    if explain is not None:
+        plan_tables.print_explanations(made.explain(explain), out)
+    elif launch:
+        plan_tables.print_launch(made, out)
+    else:
+        plan_tables.print_plan(made, out)
 
 
-def print_plan(made: Plan, out: Console) -> None:
-    """The plan as tables that fit a terminal, ending in its sentence."""
-    plans = [made] if made.versus is None else [made, made.versus]
-    for each in plans:
-        out.print(_headline(each), soft_wrap=True)
-    out.print()
-    out.print(_numbers_table(plans))
-    out.print()
-    for each in plans:
-        out.print(_hardware_table(each, titled=len(plans) > 1))
-        _print_reasons(each, out)
-        out.print()
-    _print_api(made, out)
-    if made.memory_budget is not None:
-        _print_budget(made, out)
-    for line in made.subject.explained:
-        out.print(f"Note: {line}.", soft_wrap=True)
-    if made.versus is not None:
-        out.print(_versus_sentence(made, made.versus), soft_wrap=True)
-    out.print(made.sentence, soft_wrap=True)
+def _print_json(made: Plan, explain: str | None, launch: bool) -> None:
+    from fewfire.cli.output import print_json
+
+    document: dict[str, Any] = made.to_json()
+    if explain is not None:
+        document["explanations"] = [each.__dict__ for each in made.explain(explain)]
+    if launch:
+        handed = made.hand_over()
+        document["launch"] = handed.to_json() if handed else None
+    print_json(document)
 
 
-def _headline(made: Plan) -> str:
-    from fewfire.sizes import format_count
+def _device_price(
+    price: float | None, buy_usd: float | None, years: float, power_kw: float, usd_per_kwh: float
+) -> float | None:
+    from fewfire.config import check
+    from fewfire.plan.hardware import owned_usd_per_hour
 
-    counts, subject = made.counts, made.subject
-    words = f"{subject.name}: {format_count(counts.total)} parameters"
-    if subject.config.is_moe:
-        words += f", {format_count(made.quoted_active)} active for each token"
-    if subject.published_total:
-        published = f"{subject.published_total} total"
-        published += f", {subject.published_active} active" if subject.published_active else ""
-        words += f"  (published: {published})"
-    return words
-
-
-def _star(quoted: bool) -> str:
-    """Marks the count that the publisher quotes."""
-    return " *" if quoted else "  "
+    if buy_usd is None:
+        check(price is None or price > 0, f"--price ({price}) must be above 0 dollars a device-hour")
+        return price
+    check(price is None, "give either --price (rented) or --buy-usd (bought), not both")
+    check(buy_usd > 0 and years > 0, f"--buy-usd ({buy_usd}) and --years ({years}) must be above 0")
+    check(power_kw >= 0 and usd_per_kwh >= 0, "--power-kw and --usd-per-kwh must be 0 or more")
+    return owned_usd_per_hour(buy_usd, years, power_kw, usd_per_kwh)
 
 
-def _parameter_rows(made: Plan) -> list[tuple[str, str]]:
-    counts, config = made.counts, made.subject.config
-    rows = [("total", f"{counts.total:,}")]
-    if config.is_moe:
-        convention = made.subject.active_counts
-        rows.append(("active, input embedding included", f"{counts.active:,}{_star(convention == 'all')}"))
-        quoted = _star(convention == "without_embedding")
-        rows.append(("active, input embedding excluded", f"{counts.active_excluding_embedding:,}{quoted}"))
-        if convention == "without_embedding_and_head":
-            rows.append(("active, embedding and head excluded", f"{made.quoted_active:,}{_star(True)}"))
-    rows += [
-        ("routed experts", f"{counts.experts:,}" if config.is_moe else "none: dense"),
-        ("trunk (all else)", f"{counts.trunk:,}"),
-    ]
-    if config.is_moe:
-        share = made.flops.router / made.flops.total
-        rows.append(("  router", f"{counts.router:,}"))
-        rows.append(("  router's share of a token's FLOPs", f"{share * 100:.3f} %"))
-    rows.append(("  input embedding", f"{counts.embedding:,}"))
-    return rows
+def _count(text: str | None, name: str) -> float | None:
+    from fewfire.config import check
+    from fewfire.sizes import parse_count
+
+    if text is None:
+        return None
+    number = parse_count(text, name=name)
+    check(number > 0, f"{name} ({text}) must be above 0; write it as 2b or 500m")
+    return float(number)
 
 
-def _memory_rows(made: Plan) -> list[tuple[str, str]]:
-    from fewfire.plan.memory import choose_formats, weight_bytes
-    from fewfire.sizes import format_bytes
+def _demand(tokens: str | None, output_share: float, burstiness: float, ops: float) -> Demand:
+    from fewfire.plan.cost import Demand
 
-    def both(size: int) -> str:
-        return f"{size / 1e9:,.1f} GB = {size / 2**30:,.1f} GiB"
-
-    config, cache = made.subject.config, made.cache
-    own = f"as published, {config.native_format}" if made.quant == "native" else made.quant
-    rows = [("weights", f"{both(made.weights.total)}"), ("  stored as", own)]
-    for name in ("bf16", "fp8", "q4"):
-        rows.append((f"  in {name}", both(weight_bytes(config, choose_formats(config, name)).total)))
-    growth = cache.per_token + cache.index_per_token
-    rows.append(("KV cache a token, bf16", f"{growth:,} bytes"))
-    fixed = cache.state + cache.conv
-    if fixed:
-        rows.append(("recurrent state a sequence", format_bytes(fixed)))
-    rows.append((f"KV cache, {made.batch} x {made.work.context} tokens", format_bytes(cache.sequence * made.batch)))
-    rows.append(("memory floor (experts on disk)", format_bytes(made.floor.total)))
-    return rows
+    return Demand(_count(tokens, "--tokens-per-month"), output_share, burstiness, ops)
 
 
-def _numbers_table(plans: list[Plan]) -> Any:
-    from fewfire.cli.output import table
+def _traffic(requests: int | None, prompt: int | None, answer: int) -> Any:
+    from fewfire.plan.simulate import Traffic
 
-    made = table("", *(each.subject.name for each in plans))
-    sections = [
-        [_parameter_rows(each) for each in plans],
-        [_memory_rows(each) for each in plans],
-        [
-            [
-                ("FLOPs a token", f"{each.flops.total / 1e9:,.1f} G"),
-                ("bytes read a token", f"{each.bytes_read / 1e9:,.2f} GB"),
-            ]
-            for each in plans
-        ],
-    ]
-    for section in sections:
-        labels = list(dict.fromkeys(label for rows in section for label, _ in rows))
-        for label in labels:
-            made.add_row(label, *(dict(rows).get(label, "") for rows in section), end_section=label == labels[-1])
-    return made
+    return None if requests is None else Traffic(requests, prompt_tokens=prompt or 2000, answer_tokens=answer)
 
 
-def _rate(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+def _api_price(model: str, installed: bool) -> Any:
+    if not installed:
+        return None
+    from fewfire.plan.api_prices import installed_price
+
+    return installed_price(model)
 
 
-def _money(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _currency(text: str | None) -> tuple[str, float]:
+    from fewfire.config import check
 
-
-def _hardware_row(machine: Machine) -> list[str]:
-    step, fill = machine.decode, machine.prefill
-    if machine.fits and step is not None and machine.decode_range is not None:
-        low, high = machine.decode_range
-        first = fill.seconds if fill else None
-        return [
-            machine.system.label,
-            "yes",
-            machine.layout.name if machine.layout else "-",
-            _rate(step.tokens_per_s),
-            f"{_rate(low)}-{_rate(high)}",
-            _rate(fill.tokens_per_s if fill else None),
-            "-" if first is None else f"{first:.2f}" if first < 100 else f"{first:.0f}",
-            f"{machine.fit.max_batch:,}",
-            _money(machine.usd_per_million_output),
-        ]
-    needs = "no" if machine.needed is None else f"no, takes {machine.needed.count}"
-    return [machine.system.label, needs, "", "", "", "", "", "", ""]
-
-
-def _hardware_table(made: Plan, *, titled: bool) -> Any:
-    from fewfire.cli.output import table
-
-    sequences = "1 sequence" if made.batch == 1 else f"{made.batch} sequences"
-    title = f"{sequences} of {made.work.context} tokens; dollars per million generated tokens at full load"
-    if titled:
-        title = f"{made.subject.name}: {title}"
-    names = (
-        "machine",
-        "fits",
-        "layout",
-        "decode\ntok/s",
-        "range",
-        "prefill\ntok/s",
-        "first\ntoken s",
-        "most\nseqs",
-        "$/M\nout",
+    if text is None:
+        return "USD", 1.0
+    code, _, rate = text.partition("=")
+    number = float(rate) if rate.replace(".", "", 1).isdigit() else 0.0
+    check(
+        code.isalpha() and number > 0,
+        f"--currency ({text}) is not CODE=units a dollar, above 0; write it as KES=129",
     )
-    rows = table(*names, title=title)
-    for machine in made.machines:
-        rows.add_row(*_hardware_row(machine))
-    return rows
+    return code.upper(), number
 
 
-def _print_reasons(made: Plan, out: Console) -> None:
-    for machine in made.machines:
-        if not machine.fits and len(made.machines) <= 2:
-            out.print(f"{machine.system.label}: {machine.fit.reason}.")
+def _write_files(made: Plan, html: Path | None, placement: Path | None) -> None:
+    import json
 
+    from fewfire.cli.output import note, write_whole
+    from fewfire.config import check
 
-def _print_api(made: Plan, out: Console) -> None:
-    if made.api is not None:
-        api = made.api
-        out.print(
-            f"API: ${api.input:.2f} in, ${api.output:.2f} out per million tokens, median of {api.offers} offers "
-            f"({api.date}; {api.source.split(' (')[0]})."
+    if html is not None:
+        write_whole(html, made.to_html())
+        note(f"wrote {html}")
+    if placement is not None:
+        handed = made.hand_over()
+        check(
+            handed is not None and handed.placement is not None,
+            "no placement: it takes --routing and a --hardware of several GPUs over which experts are spread",
         )
-
-
-def _print_budget(made: Plan, out: Console) -> None:
-    from fewfire.sizes import format_bytes
-
-    assert made.memory_budget is not None
-    enough = made.memory_budget >= made.floor.total
-    words = "is enough" if enough else "is below the floor"
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in made.floor.table.items() if size)
-    out.print(f"Budget {format_bytes(made.memory_budget)} {words}: {parts}.")
-
-
-def _versus_sentence(made: Plan, other: Plan) -> str:
-    from fewfire.plan.plan import ratios
-
-    shares = ratios(made, other)
-    return (
-        f"{made.subject.name} against {other.subject.name}: {shares['flops']:.2f}x the FLOPs a token, "
-        f"{shares['bytes_read']:.2f}x the bytes read, {shares['weights_bytes']:.2f}x the memory."
-    )
+        assert handed is not None
+        write_whole(placement, json.dumps(handed.placement))
+        note(f"wrote {placement}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from fewfire.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,48 @@ def load_api_prices() -> ApiPrices:
         for name, row in document["models"].items()
     }
     return ApiPrices(models, document["date"], int(document["stale_after_days"]))
+
+
+def installed_price(model: str) -> ApiPrice | None:
+    """Median price of `model` over the offers that the installed genai-prices package lists; offline, no network.
+
+    Offers are matched by the model's published name within their ids; free ones are left out. None without a match.
+    Raises ConfigError if the package is not there.
+    """
+    try:
+        from genai_prices import __version__ as version
+        from genai_prices.data import providers
+    except ImportError as error:
+        raise ConfigError("--api-prices needs the genai-prices package; pip install genai-prices") from error
+    offers: list[tuple[str, float, float]] = []
+    wanted = re.compile(rf"(^|[/._:-]){re.escape(model.lower())}($|[:@-](instruct|chat|maas|v\d|\d)|[:@])")
+    for provider in providers:
+        for entry in provider.models:
+            price = entry.prices if not isinstance(entry.prices, list) else entry.prices[-1].prices
+            into, out = getattr(price, "input_mtok", None), getattr(price, "output_mtok", None)
+            if wanted.search(entry.id.lower()) and into and out:
+                offers.append((provider.id, _flat(into), _flat(out)))
+    if not offers:
+        return None
+    ins, outs = sorted(offer[1] for offer in offers), sorted(offer[2] for offer in offers)
+    return ApiPrice(
+        input=median(ins),
+        output=median(outs),
+        input_range=(ins[0], ins[-1]),
+        output_range=(outs[0], outs[-1]),
+        offers=len(offers),
+        providers=tuple(sorted({offer[0] for offer in offers})),
+        date=datetime.date.today().isoformat()[:7],
+        source=f"genai-prices {version}, installed here",
+    )
+
+
+def median(values: list[float]) -> float:
+    """The middle of sorted values."""
+    half = len(values) // 2
+    return values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+
+
+def _flat(price: object) -> float:
+    """A price, or the first tier of one."""
+    return float(getattr(price, "base", price))  # type: ignore[arg-type]

@@ -117,6 +117,12 @@ class Costs:
     api: ApiPrice | None
     dense: SelfHost | None
     dense_name: str
+    currency: tuple[str, float] = ("USD", 1.0)
+
+    def money(self, usd: float, digits: int = 0) -> str:
+        """Dollars, or the currency that was asked for."""
+        code, per_usd = self.currency
+        return f"{'$' if code == 'USD' else code + ' '}{usd * per_usd:,.{digits}f}"
 
     @property
     def api_per_million(self) -> float | None:
@@ -143,7 +149,7 @@ class Costs:
                     None if tokens is None else per_million * tokens / 1e6,
                     per_million,
                     "to the provider's machines, under its terms",
-                    f"{offers} ({self.api.offers} offers)",
+                    f"{offers} providers ({self.api.offers} offers)",
                     f"{others}; the weights are open",
                 )
             )
@@ -158,7 +164,7 @@ class Costs:
             f"{name}, {host.machine.system.label}",
             host.floor_usd_per_month if tokens is None else host.monthly(tokens),
             None if tokens is None else host.per_million(tokens),
-            "to the rented machines" if rented else "nowhere: your own machine",
+            "to the rented machines" if rented else "to nobody: the machine is your own",
             "whoever rents out the part" if rented else "none needed",
             "ends with the rent; the weights stay" if rented else "sell the machine; the weights stay",
         )
@@ -177,16 +183,16 @@ class Costs:
             return "No machine of the list holds it at a known price: the API is what is left."
         label, floor = self.host.machine.system.label, self.host.floor_usd_per_month
         if self.api is None:
-            return f"No API lists this model: self-hosting starts at ${floor:,.0f} a month ({label})."
+            return f"No API lists this model: self-hosting starts at {self.money(floor)} a month ({label})."
         if self.break_even is None:
             full = self.host.per_million(self.host.useful_capacity)
             return (
-                f"The API is cheaper at any volume: {label} costs ${full:.2f} per million tokens even at full use, "
-                f"the API ${self.api_per_million:.2f}."
+                f"The API is cheaper at any volume: {label} costs {self.money(full, 2)} per million tokens even at full "
+                f"use, the API {self.money(self.api_per_million or 0.0, 2)}."
             )
         return (
             f"Below {_billions(self.break_even)} tokens a month the API is cheaper; above it {label} at "
-            f"${floor:,.0f} a month, up to {_billions(self.host.useful_capacity)} tokens on it."
+            f"{self.money(floor)} a month, up to {_billions(self.host.useful_capacity)} tokens on it."
         )
 
     def _choice(self, tokens: float) -> str:
@@ -199,10 +205,11 @@ class Costs:
         if self.api_per_million is not None:
             bills["the managed API"] = self.api_per_million * tokens / 1e6
         best = min(bills, key=lambda name: bills[name])
-        others = ", ".join(f"{name} ${bill:,.0f}" for name, bill in bills.items() if name != best)
-        words = f"{volume} {best} is cheaper: ${bills[best]:,.0f} a month" + (f" against {others}." if others else ".")
-        if not others:
-            words = f"{volume} {best} is the only route with a price: ${bills[best]:,.0f} a month."
+        others = ", ".join(f"{name} {self.money(bill)}" for name, bill in bills.items() if name != best)
+        if others:
+            words = f"{volume} {best} is cheaper: {self.money(bills[best])} a month against {others}."
+        else:
+            words = f"{volume} {best} is the only route with a price: {self.money(bills[best])} a month."
         if self.host is not None:
             used = tokens / (self.host.systems(tokens) * self.host.capacity)
             words += (
@@ -214,7 +221,7 @@ class Costs:
             small = self.dense.monthly(tokens)
             if small < 0.5 * bills[best]:
                 words += (
-                    f" A dense model of {self.dense_name} would cost ${small:,.0f}, less than half: "
+                    f" A dense model of {self.dense_name} would cost {self.money(small)}, less than half: "
                     "measure whether it is good enough (fewfire eval)."
                 )
         return words

@@ -66,6 +66,14 @@ class Part:
     note: str = ""
 
     @property
+    def short(self) -> str:
+        """The name without what stands in brackets, after a comma, or says how many channels there are."""
+        bare = re.sub(r"\s*\([^)]*\)|,.*| dual channel| 1 socket", "", self.name)
+        return (
+            bare.replace("RTX PRO 6000 Blackwell", "RTX PRO 6000").replace("Ryzen AI Max+ 395", "Ryzen AI Max+").strip()
+        )
+
+    @property
     def usd_per_hour(self) -> float | None:
         """The price of an hour: rented, or bought and written off over three years with its power at 0.15 a kWh."""
         if self.price_usd_per_hour is not None:
@@ -104,7 +112,7 @@ class System:
 
     @property
     def label(self) -> str:
-        return self.part.name if self.count == 1 else f"{self.count}x {self.part.name}"
+        return self.part.short if self.count == 1 else f"{self.count}x {self.part.short}"
 
     @property
     def usable_bytes(self) -> float:

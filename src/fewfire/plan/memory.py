@@ -1,13 +1,15 @@
 """Bytes: weights per format and tensor class, KV cache, and the floor. Owns the sizes of formats; knows no device.
 
-GB is 10^9 bytes, GiB 2^30. Formats are block-wise along a tensor's last axis: a row that is no multiple of the
-block is padded to one, as it is on disk.
+GB is 10^9 bytes, GiB 2^30. Formats are made of blocks of rows and columns; what is no multiple of the block is padded
+to one, as it is on disk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
+from typing import NamedTuple
 
 from fewfire.config import (
     AttentionConfig,
@@ -24,22 +26,35 @@ from fewfire.errors import ConfigError
 from fewfire.plan.count import visible_tokens
 from fewfire.plan.shapes import TensorSpec, blocks, decoder_blocks, outer_tensors
 
-# name -> (elements a block, bytes a block). q4 and q8: groups of 32 with one 16-bit scale. mxfp4: 32 e2m1 values
-# and one 8-bit exponent. GGUF's blocks as ggml defines them.
-FORMATS: dict[str, tuple[int, int]] = {
-    "f32": (1, 4),
-    "bf16": (1, 2),
-    "fp16": (1, 2),
-    "fp8": (1, 1),
-    "q8": (32, 34),
-    "q4": (32, 18),
-    "mxfp4": (32, 17),
-    "q4_0": (32, 18),
-    "q4_1": (32, 20),
-    "q8_0": (32, 34),
-    "q4_k": (256, 144),
-    "q6_k": (256, 210),
+
+class Block(NamedTuple):
+    """What is stored together: `rows` x `columns` values in `num_bytes`. Matrices are padded to whole blocks."""
+
+    columns: int
+    num_bytes: int
+    rows: int = 1
+
+
+# q8, q4 and mxfp4 as a pack lays them out (docs/formats.md); GGUF's blocks as ggml defines them.
+FORMATS: dict[str, Block] = {
+    "f32": Block(1, 4),
+    "bf16": Block(1, 2),
+    "fp16": Block(1, 2),
+    "fp8": Block(1, 1),
+    "q8": Block(128, 2048 + 32, 16),
+    "q4": Block(128, 1024 + 96, 16),
+    "mxfp4": Block(128, 1024 + 64, 16),
+    "q4_0": Block(32, 18),
+    "q4_1": Block(32, 20),
+    "q8_0": Block(32, 34),
+    "q4_k": Block(256, 144),
+    "q6_k": Block(256, 210),
 }
+# How a published checkpoint stores what a pack lays out otherwise: 32 values and their exponent.
+NATIVE_BLOCKS = {"mxfp4": Block(32, 17)}
+PLAN_ONLY = ("fp16", "fp8")  # no pack is made of these
+UNQUANTIZED = ("f32", "bf16", "fp16")
+RECORD_ALIGNMENT = 4096  # an expert's record in a pack is padded to a multiple of this
 FORMAT_NAMES = (*FORMATS, "native")
 FP8_SCALE_BLOCK = 128  # fp8 checkpoints carry one float32 scale for each 128 x 128 block
 PROCESS_BYTES = 230 * 2**20  # Python, torch and the tokenizer, resident, before any weight
@@ -47,9 +62,9 @@ INDEX_KEY_BYTES = 132  # of an indexer with heads of 128: 128 fp8 values and one
 
 
 def bits_per_weight(format_name: str) -> float:
-    """Bits one weight takes in `format_name`, scales included (q4: 4.5)."""
-    block, block_bytes = FORMATS[format_name]
-    return 8 * block_bytes / block
+    """Bits one weight takes in `format_name`, scales included (q4: 4.375)."""
+    block = FORMATS[format_name]
+    return 8 * block.num_bytes / (block.rows * block.columns)
 
 
 @dataclass(frozen=True)
@@ -66,19 +81,29 @@ class Formats:
     scaled: bool = False  # fp8 with float32 block scales
     native: bool = False
 
+    @property
+    def packed(self) -> bool:
+        """Whether a pack of these formats can be made: then sizes are the pack's own, padding included."""
+        names = (self.experts, self.down, self.trunk, self.head, self.router, self.embedding, self.small)
+        return not self.native and not any(name in PLAN_ONLY for name in names)
+
     def of(self, spec: TensorSpec) -> str:
         """The format of one tensor."""
         if spec.kind == "select_bias":
             return "f32"
-        if spec.kind == "router":
-            return self.router
+        if spec.kind == "router" or (spec.name.endswith("shared_gate.weight") and not self.native):
+            return self.router  # a gate is a router of one row
         if not spec.matmul and spec.kind not in ("embedding", "positions"):
             return self.small
         if spec.kind == "experts":
             return self.down if spec.name.endswith(".down") else self.experts
         if spec.kind == "head" or (spec.kind == "embedding" and spec.matmul):
             return self.head
-        return self.embedding if spec.kind in ("embedding", "positions") else self.trunk
+        if spec.kind in ("embedding", "positions"):
+            return self.embedding
+        if spec.name.endswith("kv_up.weight") and self.packed and self.trunk not in UNQUANTIZED:
+            return "bf16"  # it is multiplied with queries and outputs instead of tokens (MLA, absorbed)
+        return self.trunk
 
 
 def _check_format(name: str, key: str) -> str:
@@ -118,7 +143,7 @@ def choose_formats(
         formats = _native_formats(config)
     else:
         rest = {"q4": "q8", "mxfp4": "bf16"}.get(quant, quant)
-        small = "f32" if quant == "f32" else ("fp16" if quant == "fp16" else "bf16")
+        small = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "mxfp4": "bf16"}.get(quant, "f32")
         router = "bf16" if quant == "mxfp4" else "f32"
         formats = Formats(quant, quant, rest, rest, router, rest, small)
     chosen = {"experts": experts, "down": down or experts, "trunk": trunk, "embedding": trunk, "head": head or trunk}
@@ -128,17 +153,29 @@ def choose_formats(
     return Formats(**{**formats.__dict__, **changes, "native": formats.native and not changes})
 
 
+def matrix_bytes(name: str, shape: tuple[int, ...], *, native: bool = False) -> int:
+    """Bytes of a matrix (rows, columns) or a vector in format `name`; of (E, rows, columns), of E matrices."""
+    block = NATIVE_BLOCKS.get(name, FORMATS[name]) if native else FORMATS[name]
+    rows = shape[-2] if len(shape) > 1 else 1
+    copies = prod(shape[:-2])
+    return copies * ceil(rows / block.rows) * ceil(shape[-1] / block.columns) * block.num_bytes
+
+
 def tensor_bytes(spec: TensorSpec, formats: Formats) -> int:
     """Bytes of one tensor, scales and padding included."""
     name = formats.of(spec)
-    block, block_bytes = FORMATS[name]
-    rows = spec.size // spec.shape[-1]
-    size = rows * ceil(spec.shape[-1] / block) * block_bytes
+    size = matrix_bytes(name, spec.shape, native=formats.native)
     if formats.scaled and name == "fp8":
         matrices = spec.shape[0] if len(spec.shape) == 3 else 1
         height = ceil(spec.shape[-2] / FP8_SCALE_BLOCK)
         size += 4 * matrices * height * ceil(spec.shape[-1] / FP8_SCALE_BLOCK)
     return size
+
+
+def expert_bytes(specs: Iterable[TensorSpec], num_experts: int, formats: Formats) -> int:
+    """Bytes of one expert of a layer, as a pack's record where one can be made; `specs` of other kinds are left out."""
+    size = sum(tensor_bytes(spec, formats) for spec in specs if spec.kind == "experts") // num_experts
+    return ceil(size / RECORD_ALIGNMENT) * RECORD_ALIGNMENT if formats.packed else size
 
 
 @dataclass(frozen=True)
@@ -162,15 +199,15 @@ def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     by_class: dict[str, int] = {}
     active_experts = per_expert = 0
     for layer, copies, specs in blocks(config):
-        layer_experts = 0
         for spec in specs:
-            size = tensor_bytes(spec, formats)
-            by_class[spec.kind] = by_class.get(spec.kind, 0) + size * copies
-            layer_experts += size if spec.kind == "experts" else 0
+            if spec.kind != "experts":
+                by_class[spec.kind] = by_class.get(spec.kind, 0) + tensor_bytes(spec, formats) * copies
         if isinstance(layer.ffn, MoEConfig):
-            one = layer_experts // layer.ffn.router.num_experts
+            router = layer.ffn.router
+            one = expert_bytes(specs, router.num_experts, formats)
+            by_class["experts"] = by_class.get("experts", 0) + one * router.num_experts * copies
             per_expert = max(per_expert, one)
-            active_experts += one * layer.ffn.router.top_k * copies
+            active_experts += one * router.top_k * copies
     gathered = 0
     for spec in outer_tensors(config):
         size = tensor_bytes(spec, formats)

@@ -90,3 +90,20 @@ def _pack(shares: Sequence[float], copies: Sequence[int], num_devices: int, held
         devices[target].append(expert)
         loads[target] += load
     return Placement(tuple(tuple(sorted(device)) for device in devices))
+
+
+@dataclass(frozen=True)
+class PlacementGain:
+    """What balancing does to a layer's busiest device, mean over the profile's layers, in order against balanced.
+
+    `imbalance`: its tokens over the mean. `awake`: experts awake on it in a step of `num_tokens` tokens: balancing
+    tokens is not balancing what decode reads.
+    """
+
+    devices: int
+    replicas: int
+    num_tokens: int
+    imbalance_in_order: float
+    imbalance_balanced: float
+    awake_in_order: float
+    awake_balanced: float

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewfire.config import ModelConfig, RoutingProfile, check
+from fewfire.plan import document
 from fewfire.plan.api_prices import ApiPrice, load_api_prices
-from fewfire.plan.count import Counts, Flops, decode_flops
-from fewfire.plan.hardware import System, load_catalogue, parse_hardware
-from fewfire.plan.machine import Machine, plan_machine
+from fewfire.plan.calibrate import Point, calibrate, compare, parse_measured
+from fewfire.plan.cost import Costs, Demand, choose_host, self_host
+from fewfire.plan.count import Counts, Flops
+from fewfire.plan.explain import Explanation, explain
+from fewfire.plan.fit import layouts
+from fewfire.plan.hardware import Catalogue, Part, System, load_catalogue, parse_hardware
+from fewfire.plan.here import load_profile
+from fewfire.plan.machine import Machine, plan_machine, rank
 from fewfire.plan.memory import CacheBytes, Floor, Formats, WeightBytes, choose_formats, floor_bytes
+from fewfire.plan.placement import PlacementGain
+from fewfire.plan.profile import read_profile
+from fewfire.plan.simulate import Day, Traffic, simulate_day
 from fewfire.plan.speed import bytes_per_step
+from fewfire.plan.stream import Streaming, stream, tiers_of
 from fewfire.plan.subject import Subject, resolve
+from fewfire.plan.training import Training, plan_training
+from fewfire.plan.unique import placement_gain
 from fewfire.plan.workload import Assumptions, Workload
 from fewfire.sizes import format_count, parse_bytes
 
+if TYPE_CHECKING:
+    from fewfire.plan.handover import HandOver
+
 DEFAULT_CONTEXT = 4096
-DEFAULT_HARDWARE = ("laptop-16", "laptop-32", "laptop-64", "RTX 4090", "H100", "8xH200")
+LAPTOPS = ("laptop-16", "laptop-32", "laptop-64")
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,23 @@ class Plan:
     work: Workload
     quant: str
     batch: int
-    flops: Flops
     floor: Floor
     machines: tuple[Machine, ...]
     api: ApiPrice | None
-    memory_budget: int | None
-    versus: Plan | None
-    output_share: float
+    assume: Assumptions
+    ranked: bool = False
+    memory_budget: int | None = None
+    budget_streaming: Streaming | None = None
+    versus: Plan | None = None
+    costs: Costs | None = None
+    training: Training | None = None
+    day: Day | None = None
+    points: tuple[Point, ...] = ()
+    placement: PlacementGain | None = None
+    warnings: tuple[str, ...] = ()
+    output_share: float = 0.25
+    currency: tuple[str, float] = ("USD", 1.0)
+    uniform: Workload | None = field(default=None, repr=False)  # the same without the profile, to show the difference
 
     @property
     def counts(self) -> Counts:
@@ -54,6 +80,10 @@ class Plan:
     @property
     def formats(self) -> Formats:
         return self.work.formats
+
+    @property
+    def flops(self) -> Flops:
+        return self.work.flops
 
     @cached_property
     def bytes_read(self) -> int:
@@ -81,105 +111,42 @@ class Plan:
             return f"Dense: computes like what it is housed as, {total}. {quality}"
         return f"Computes like a {active} dense model; housed like a {total} one. {quality}"
 
+    @property
+    def verdict(self) -> str:
+        """Single node or several, of the first machine asked about."""
+        return document.node_verdict(self)
+
+    def explain(self, name: str | None = None) -> list[Explanation]:
+        """Formula, numbers and source of every figure, or of those called `name`."""
+        return explain(self, name)
+
+    def hand_over(self) -> HandOver | None:
+        """Launch commands for the first machine that fits; None if none does."""
+        from fewfire.plan.handover import hand_over  # only --launch needs it
+
+        machine = next((each for each in self.machines if each.fits and each.system.part.kind == "gpu"), None)
+        if machine is None or machine.full_layout is None or machine.full_load is None:
+            return None
+        return hand_over(
+            self.subject.hub_id or self.subject.name,
+            self.subject.config,
+            machine.system,
+            machine.full_layout,
+            quant=self.quant,
+            context=self.work.context,
+            max_sequences=machine.full_load.batch,
+            profile=self.work.profile,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """One JSON object; counts are integers, bytes are integers, rates are floats, unknown is null."""
-        counts, config = self.counts, self.subject.config
-        document: dict[str, Any] = {
-            "model": self.subject.name,
-            "parameters": {
-                "total": counts.total,
-                "active": counts.active,
-                "active_excluding_embedding": counts.active_excluding_embedding,
-                "experts": counts.experts,
-                "trunk": counts.trunk,
-                "router": counts.router,
-                "embedding": counts.embedding,
-                "head": counts.head,
-                "by_class": counts.by_class,
-                "mtp": config.mtp.parameters if config.mtp else 0,
-            },
-            "published": {
-                "total": self.subject.published_total,
-                "active": self.subject.published_active,
-                "active_counts": self.subject.active_counts,
-                "exact_total": self.subject.exact_total,
-                "quoted_active": self.quoted_active,
-            },
-            "memory": self._memory_json(),
-            "per_token": {
-                "flops": self.flops.total,
-                "matmul_flops": self.flops.matmul,
-                "attention_flops": self.flops.attention,
-                "router_flops": self.flops.router,
-                "router_flops_frac": self.flops.router / self.flops.total,
-                "bytes_read": self.bytes_read,
-            },
-            "context": self.work.context,
-            "batch": self.batch,
-            "hardware": [machine.to_json() for machine in self.machines],
-            "api": self._api_json(),
-            "notes": list(self.subject.explained),
-            "sentence": self.sentence,
-        }
-        if self.versus is not None:
-            document["versus"] = self.versus.to_json()
-            document["ratios"] = ratios(self, self.versus)
-        return document
+        return document.to_json(self)
 
-    def _memory_json(self) -> dict[str, Any]:
-        weights, cache, subject = self.weights, self.cache, self.subject
-        memory: dict[str, Any] = {
-            "quant": self.quant,
-            "weights_bytes": weights.total,
-            "weights_gb": weights.total / 1e9,
-            "weights_gib": weights.total / 2**30,
-            "experts_bytes": weights.experts,
-            "trunk_bytes": weights.trunk,
-            "by_class": weights.by_class,
-            "on_disk_bytes": subject.stored.total_bytes if subject.stored else subject.disk_bytes,
-            "stored_types": subject.stored.types if subject.stored else None,
-            "kv_cache_bytes": cache.sequence * self.batch,
-            "kv_cache_bytes_per_token": cache.per_token,
-            "kv_cache_bytes_per_sequence": cache.sequence,
-            "index_bytes_per_token": cache.index_per_token,
-            "windowed_bytes_per_sequence": cache.windowed,
-            "state_bytes_per_sequence": cache.state,
-            "conv_bytes_per_sequence": cache.conv,
-            "floor_bytes": self.floor.total,
-            "floor": dict(self.floor.table),
-        }
-        if self.memory_budget is not None:
-            memory["budget_bytes"] = self.memory_budget
-            memory["budget_suffices"] = self.memory_budget >= self.floor.total
-        return memory
+    def to_html(self) -> str:
+        """The report to hand over: one self-contained page with charts."""
+        from fewfire.plan.report import to_html  # 400 lines that only --html needs
 
-    def _api_json(self) -> dict[str, Any]:
-        if self.api is None:
-            return {}
-        return {
-            "usd_per_million_input_tokens": self.api.input,
-            "usd_per_million_output_tokens": self.api.output,
-            "usd_per_million_blended_tokens": self.api.blended(self.output_share),
-            "output_share": self.output_share,
-            "input_range": list(self.api.input_range),
-            "output_range": list(self.api.output_range),
-            "offers": self.api.offers,
-            "providers": list(self.api.providers),
-            "date": self.api.date,
-            "source": self.api.source,
-        }
-
-
-def ratios(plan: Plan, other: Plan) -> dict[str, float]:
-    """`plan` divided by `other`: what a token costs and what must be housed."""
-    return {
-        "total": plan.counts.total / other.counts.total,
-        "active": plan.counts.active / other.counts.active,
-        "flops": plan.flops.total / other.flops.total,
-        "bytes_read": plan.bytes_read / other.bytes_read,
-        "weights_bytes": plan.weights.total / other.weights.total,
-        "kv_cache_bytes": plan.cache.sequence / other.cache.sequence if other.cache.sequence else float("inf"),
-    }
+        return to_html(self)
 
 
 def _check_context(subject: Subject, context: int | None) -> int:
@@ -191,13 +158,42 @@ def _check_context(subject: Subject, context: int | None) -> int:
     return context
 
 
-def _systems(hardware: str | Sequence[str] | None) -> list[System]:
-    catalogue = load_catalogue()
-    if hardware is None:
-        names: Sequence[str] = DEFAULT_HARDWARE
-    else:
-        names = hardware.split(",") if isinstance(hardware, str) else hardware
-    return [parse_hardware(name, catalogue) for name in names]
+def _systems(
+    hardware: str | Sequence[str] | None, catalogue: Catalogue, work: Workload, batch: int
+) -> tuple[list[System], bool]:
+    """(systems to plan, whether ranked here): those named, or the catalogue, cheapest fit first, and laptops."""
+    if hardware is not None:
+        names = hardware.split(",") if isinstance(hardware, str) else list(hardware)
+        check(bool(names), "hardware is empty; name a part such as H100 or a set such as 8xH200")
+        return [_system(name, catalogue) for name in names], False
+    ranked = rank(work, catalogue.parts, batch=batch)
+    held = {system.part.name for system in ranked}
+    laptops = [parse_hardware(name, catalogue) for name in LAPTOPS]
+    return [*ranked, *(system for system in laptops if system.part.name not in held)], True
+
+
+def _system(name: str, catalogue: Catalogue) -> System:
+    if name.strip().lower() == "here":
+        return System(load_profile().part(), 1, asked=True)
+    return parse_hardware(name, catalogue)
+
+
+def _price(part: Part, price: float | None) -> float | None:
+    check(price is None or 0 < price < 1e6, f"price ({price}) must be above 0 dollars a device-hour")
+    return price if price is not None else part.usd_per_hour
+
+
+def _warnings(
+    catalogue: Catalogue, machines: Sequence[Machine], api: ApiPrice | None, price: float | None
+) -> list[str]:
+    today, found = datetime.date.today(), []
+    age = catalogue.price_age_days(today)
+    if price is None and machines and age is not None and age > catalogue.stale_after_days:
+        found.append(f"machine prices are of {catalogue.prices_date}, {age} days old: check them, or give --price")
+    prices = load_api_prices()
+    if api is not None and prices.age_days(today) > prices.stale_after_days:
+        found.append(f"API prices are of {prices.date}, {prices.age_days(today)} days old: check them")
+    return found
 
 
 def plan(
@@ -213,45 +209,162 @@ def plan(
     hardware: str | Sequence[str] | None = None,
     memory: str | int | None = None,
     versus: str | Path | ModelConfig | None = None,
-    routing: RoutingProfile | None = None,
-    output_share: float = 0.25,
+    routing: RoutingProfile | str | Path | None = None,
+    domain: str | None = None,
+    measured: str | dict[int, float] | None = None,
+    price: float | None = None,
+    demand: Demand | None = None,
+    api_price: ApiPrice | None = None,
+    train_tokens: float | None = None,
+    traffic: Traffic | None = None,
+    prompt_tokens: int | None = None,
+    currency: tuple[str, float] = ("USD", 1.0),
     assume: Assumptions | None = None,
+    ignore_keys: Sequence[str] = (),
 ) -> Plan:
-    """Plan a model: a published name, a bare size ('400b-a30b'), a folder with a config.json, or a ModelConfig.
+    """Plan a model: a published name, a bare size ('400b-a30b'), a folder, a .gguf file, a hub id, or a ModelConfig.
 
     `quant` and the four formats as `choose_formats`; `context` tokens a sequence (default 4096 or the model's most),
-    `batch` sequences at once (default 1; the cost then searches for the cheapest batch). `hardware` is '8xH200' or a
-    list. `output_share` is the generated part of all tokens. Loads no torch and reads no weights.
+    `batch` sequences at once (default 1; the cost then searches for full load). `hardware` is '8xH200', 'here' or a
+    list; without it the catalogue is ranked, cheapest fit first. `routing`: a profile or its file. `measured`: decode
+    speeds ('1=17,4=36.4') of the first machine that calibrate the rest. `price`: dollars a device-hour. `traffic`:
+    simulate a day on the first machine. Loads no torch and reads no weights.
 
-    Raises: ConfigError on unknown names, formats, hardware and sizes out of range.
+    Raises: ConfigError on unknown names, formats, hardware and sizes out of range; FormatError on damaged files.
     """
-    subject = resolve(model)
+    subject = resolve(model, ignore=tuple(ignore_keys))
     context = _check_context(subject, context)
     check(batch is None or 1 <= batch <= 10**7, f"batch ({batch}) must be between 1 and 10000000 sequences")
-    check(0.0 <= output_share <= 1.0, f"output share ({output_share}) must be between 0 and 1")
+    demand, size = demand or Demand(), batch or 1
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
-    work = Workload.of(subject.config, formats, context, routing, stored=subject.stored)
-    size = batch or 1
+    profile = routing if isinstance(routing, RoutingProfile) or routing is None else None
+    if routing is not None and profile is None:
+        assert isinstance(routing, str | Path)
+        profile = read_profile(routing, model=subject.name, domain=domain)
+    work = Workload.of(subject.config, formats, context, profile, stored=subject.stored)
+    catalogue = load_catalogue()
+    systems, ranked = _systems(hardware, catalogue, work, size)
+    assume, points = _calibrate(work, systems[0], measured, assume or Assumptions())
     machines = [
-        plan_machine(work, system, batch=size, full_batch=batch, assume=assume, output_share=output_share)
-        for system in _systems(hardware)
-    ]
-    other = None
-    if versus is not None:
-        other = plan(
-            versus, quant=quant, context=context, batch=batch, hardware=hardware, output_share=output_share,
+        plan_machine(
+            work,
+            system,
+            batch=size,
+            full_batch=batch,
+            prompt_tokens=prompt_tokens,
             assume=assume,
+            output_share=demand.output_share,
+            usd_per_hour=_price(system.part, price),
         )  # fmt: skip
-    return Plan(
+        for system in systems
+    ]
+    api = api_price or load_api_prices().models.get(subject.name)
+    budget = None if memory is None else parse_bytes(memory, name="--memory")
+    made = Plan(
         subject=subject,
         work=work,
         quant=quant.lower(),
         batch=size,
-        flops=decode_flops(subject.config, context),
         floor=floor_bytes(subject.config, formats, context, size),
         machines=tuple(machines),
-        api=load_api_prices().models.get(subject.name),
-        memory_budget=None if memory is None else parse_bytes(memory, name="--memory"),
-        versus=other,
-        output_share=output_share,
+        api=api,
+        assume=assume,
+        ranked=ranked,
+        memory_budget=budget,
+        budget_streaming=_budget_streaming(work, systems, budget, size, assume),
+        versus=None if versus is None else _versus(versus, quant, context, batch, hardware, demand, price, assume),
+        costs=_costs(subject, _serving(machines, ranked), demand, api, catalogue, context, currency),
+        training=_training(work, subject, train_tokens, systems[0] if not ranked else _system("H100", catalogue)),
+        day=_day(work, machines, traffic, assume),
+        points=points,
+        placement=_placement(work, machines, size),
+        warnings=tuple(_warnings(catalogue, machines, api, price)),
+        output_share=demand.output_share,
+        currency=currency,
+        uniform=None if profile is None else Workload.of(subject.config, formats, context, stored=subject.stored),
     )
+    return made
+
+
+def _calibrate(
+    work: Workload, system: System, measured: str | dict[int, float] | None, assume: Assumptions
+) -> tuple[Assumptions, tuple[Point, ...]]:
+    if measured is None:
+        return assume, ()
+    points = parse_measured(measured) if isinstance(measured, str) else measured
+    layout = layouts(work, system)[0]
+    found = tuple(compare(work, system, layout, points, assume))
+    return calibrate(work, system, layout, points, assume), found
+
+
+def _budget_streaming(
+    work: Workload, systems: Sequence[System], budget: int | None, batch: int, assume: Assumptions
+) -> Streaming | None:
+    """What `--memory` leaves on the first single machine, experts beyond it coming from its disk."""
+    single = next((system.part for system in systems if system.count == 1), None)
+    if budget is None or single is None:
+        return None
+    return stream(work, single, tiers_of(work, single, batch, assume, budget=budget), batch, assume)
+
+
+def _versus(
+    model: str | Path | ModelConfig, quant: str, context: int, batch: int | None,
+    hardware: str | Sequence[str] | None, demand: Demand, price: float | None, assume: Assumptions,
+) -> Plan:  # fmt: skip
+    """The other model under the same question; a context beyond its own is cut to it."""
+    most = resolve(model).config.max_context
+    return plan(
+        model, quant=quant, context=min(context, most), batch=batch, hardware=hardware, demand=demand, price=price,
+        assume=assume,
+    )  # fmt: skip
+
+
+def _serving(machines: list[Machine], ranked: bool) -> list[Machine]:
+    """Machines to reckon a service with: those named, or of the ranked ones those that are rented by the hour."""
+    if not ranked:
+        return machines
+    return [machine for machine in machines if machine.system.part.price_usd_per_hour is not None]
+
+
+def _costs(
+    subject: Subject, machines: list[Machine], demand: Demand, api: ApiPrice | None, catalogue: Catalogue,
+    context: int, currency: tuple[str, float],
+) -> Costs:  # fmt: skip
+    """Self-hosting, API, and, where a volume is named, a dense model of about the active size on a cheap machine."""
+    host, dense, name = choose_host(machines, demand, api), None, ""
+    if demand.tokens_per_month is not None and subject.config.is_moe and subject.counts.active >= 10**6:
+        name = format_count(subject.counts.active).lower().replace("k", "m")
+        small = resolve(name)
+        work = Workload.of(small.config, choose_formats(small.config, "bf16"), min(context, 131_072))
+        rented = [part for part in catalogue.parts if part.price_usd_per_hour is not None]
+        hosts = [self_host(plan_machine(work, system), demand) for system in rank(work, rented)[:8]]
+        usable = [each for each in hosts if each is not None and each.machine.full_load is not None]
+        quick = [each for each in usable if each.machine.decode and each.machine.decode.tokens_per_s >= 10]
+        dense = min(quick, key=lambda each: each.monthly(demand.tokens_per_month or 1.0), default=None)
+    return Costs(demand, host, api, dense, name, currency)
+
+
+def _training(work: Workload, subject: Subject, num_tokens: float | None, system: System) -> Training | None:
+    return None if num_tokens is None else plan_training(work, subject.counts, num_tokens, system)
+
+
+def _day(work: Workload, machines: list[Machine], traffic: Traffic | None, assume: Assumptions) -> Day | None:
+    """A day on the first machine that holds the model, with as many copies of its smallest fit as there is room for."""
+    if traffic is None:
+        return None
+    machine = next((each for each in machines if each.fits), None)
+    check(machine is not None, "no machine of the list holds the model, so no day can be simulated; give --hardware")
+    assert machine is not None
+    single = rank(work, [machine.system.part]) or [machine.system]
+    size = min(single[0].count, machine.system.count)
+    copy = plan_machine(work, System(machine.system.part, size), assume=assume)
+    layout = copy.full_layout or machine.layout
+    assert layout is not None
+    return simulate_day(work, machine.system, layout, max(1, machine.system.count // layout.devices), traffic, assume)
+
+
+def _placement(work: Workload, machines: list[Machine], batch: int) -> PlacementGain | None:
+    if work.profile is None or not work.routed:
+        return None
+    sizes = [machine.system.count for machine in machines if 1 < machine.system.count <= work.profile.num_experts]
+    return placement_gain(work.routed[0][0], sizes[0] if sizes else 8, max(batch, 64))

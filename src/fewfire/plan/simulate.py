@@ -11,14 +11,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from math import cos, exp, log, pi
-from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fewfire.config import check
 from fewfire.plan.fit import fit
 from fewfire.plan.hardware import System
 from fewfire.plan.speed import decode_step, prefill
 from fewfire.plan.workload import Assumptions, Layout, Workload
+
+if TYPE_CHECKING:
+    from random import Random
 
 DAY_S = 86_400.0
 
@@ -43,6 +45,8 @@ class Traffic:
 
     def draw(self) -> list[tuple[float, int, int]]:
         """(arrival second, prompt tokens, answer tokens), by arrival."""
+        from random import Random  # its hashing libraries are slow to load, and only a simulated day needs them
+
         random = Random(self.seed)
         swing = self.peak - 1.0
         found: list[float] = []

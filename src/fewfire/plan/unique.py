@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import comb
 
 from fewfire.config import RoutingProfile, check
-from fewfire.plan.placement import Placement, place
+from fewfire.plan.placement import Placement, PlacementGain, place
 
 
 def unique_experts(num_experts: int, top_k: int, num_tokens: float) -> float:
@@ -148,3 +148,28 @@ def uniform_max_active(num_experts: int, top_k: int, num_tokens: float, num_devi
         below += comb(held, value) * awake**value * (1.0 - awake) ** (held - value)
         total += 1.0 - min(1.0, below) ** num_devices
     return total
+
+
+def placement_gain(
+    routed: Routed, devices: int, num_tokens: int, *, replicas: int | None = None
+) -> PlacementGain | None:
+    """In order against balanced for a measured profile; None without one, or where experts do not spread over devices.
+
+    `replicas` None: as many as fill the devices evenly, at least one a device where there are four or more.
+    """
+    if not routed.layers or devices < 2 or devices > routed.num_experts:
+        return None
+    if replicas is None:
+        replicas = -routed.num_experts % devices + (devices if devices >= 4 else 0)
+    sums = [0.0, 0.0, 0.0, 0.0]
+    for shares in routed.layers:
+        plain = place(shares, devices, balance=False)
+        even = place(shares, devices, replicas=replicas)
+        found = (
+            plain.imbalance(shares),
+            even.imbalance(shares),
+            max_active_per_device(awake_by_device(shares, plain, num_tokens)),
+            max_active_per_device(awake_by_device(shares, even, num_tokens)),
+        )
+        sums = [total + value / len(routed.layers) for total, value in zip(sums, found)]
+    return PlacementGain(devices, replicas, num_tokens, *sums)
