@@ -32,6 +32,7 @@ MODEL = ModelSettings(
     num_experts=16,
     top_k=2,
     expert_dim=256,
+    init_std=0.05,
 )
 # The router's matrix costs a token as much as num_experts / 3 more units of width: the twin gets those, rounded up.
 TWIN_DIM = MODEL.top_k * MODEL.expert_dim + 8

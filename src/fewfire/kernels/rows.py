@@ -1,4 +1,4 @@
-"""Rows added up by where they belong. T tokens, K slots, A rows, D width. Native for float32 and bfloat16 on the CPU."""
+"""Rows added up by where they belong. T tokens, K slots, A rows, D width. Native for float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from fewfire.kernels.isa import native
 
 
 def sum_rows(rows_AD: Tensor, positions_TK: Tensor) -> Tensor:
-    """(T, D) float32: the sum of the rows that `positions_TK` (int64) names, in slot order; -1 adds nothing. No autograd.
+    """(T, D) float32: the sum of the rows that `positions_TK` (int64) names, in slot order; -1 adds nothing.
+
+    No autograd.
 
     Exactness: equal to `reference.sum_rows` up to the order of two float32 additions.
     Raises: ConfigError for shapes or dtypes that do not fit, or a position beyond the rows.
