@@ -174,6 +174,8 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer, text: str) -> No
     assert not tokenizer.control_ids & set(plain)
     assert tokenizer.control_ids & set(trusted)
     assert tokenizer.decode(plain) == text
+    without = Tokenizer.from_json(json.dumps(tokenizer.definition | {"added_tokens": []}))
+    assert without.encode(text) == plain  # cut and merged like any other text
     assert tokenizer.encode(text) == plain  # the switch of one call does not leak into the next
 
 
@@ -193,7 +195,7 @@ def test_markers_that_are_not_flagged_special_stay_text_too() -> None:
         )
     tokenizer = Tokenizer.from_json(json.dumps(definition))
     user, think, spaces = (tokenizer.token_to_id(text) for text in ["<\uff5cUser\uff5c>", "<think>", "    "])
-    assert not {user, think} & set(tokenizer.encode("<\uff5cUser\uff5c><think>"))
+    assert tokenizer.encode("<\uff5cUser\uff5c><think>") == train_bpe(TEXTS, 300).encode("<\uff5cUser\uff5c><think>")
     assert tokenizer.encode("<\uff5cUser\uff5c><think>", allow_special=True) == [user, think]
     assert spaces in tokenizer.encode("a    b")  # runs of spaces are text, as the model learnt them
     assert tokenizer.decode([user, think]) == "<\uff5cUser\uff5c><think>"  # and only flagged tokens are skipped
