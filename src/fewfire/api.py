@@ -5,7 +5,7 @@ Composes what lies below; the command line and the server call only this. Owns t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,37 +99,63 @@ class Model:
             return [int(each) for each in prompt]
         return self._text_side().encode(prompt, add_special=True)
 
+    def encode_chat(self, messages: str | Sequence[Mapping[str, Any]], system: str | None = None) -> list[int]:
+        """Token ids of a conversation by the model's own chat template, up to where its answer begins.
+
+        `messages` as in the chat completions API; a text is the user's one turn. `system` goes before them.
+        Raises: ConfigError where there is no template, or it refuses these messages; FormatError where it fails.
+        """
+        tokenizer = self._text_side()
+        check(
+            tokenizer.chat_template is not None,
+            "this model has no chat template; prompt it with plain text, or put chat_template.jinja into its folder",
+        )
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return tokenizer.encode_chat(turns if system is None else [{"role": "system", "content": system}, *turns])
+
     def _text_side(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ConfigError("this model has no tokenizer; give token ids, or put its tokenizer.json into its folder")
         return self.tokenizer
 
     def stream(
-        self, prompt: str | Sequence[int], *, stop: str | Sequence[str] = (), max_tokens: int = 256, **options: Any
+        self,
+        prompt: Any,
+        *,
+        chat: bool = False,
+        system: str | None = None,
+        stop: str | Sequence[str] = (),
+        max_tokens: int = 256,
+        **options: Any,
     ) -> Stream:
         """The new text in pieces, as it is generated; joined they are `generate`'s text.
 
-        `stop`: strings that end the text and are not part of it. Options: `context`, `prefill_chunk` and the fields
-        of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty, seed). `Stream.result()` has the rest.
+        `prompt`: a text, or token ids; with `chat` what `encode_chat` takes, and the answer ends at the tokenizer's
+        ends of turns too. `stop`: strings that end the text and are not part of it. Options: `context`,
+        `prefill_chunk` and the fields of `Sampling` (temperature, top_k, top_p, min_p, repetition_penalty, seed).
+        `Stream.result()` has the rest.
         Raises: ConfigError for options that make no sense, or a prompt longer than the context.
         """
+        check(chat or system is None, "a system prompt is part of a conversation; ask for chat too")
         limits = {key: options.pop(key) for key in ("context", "prefill_chunk") if key in options}
         unknown = sorted(options.keys() - Sampling.__dataclass_fields__.keys())
         known = ["stop", "max_tokens", "context", "prefill_chunk", *Sampling.__dataclass_fields__]
         check(not unknown, f"option {', '.join(unknown)} is not known; expected one of {', '.join(known)}")
+        ids = self.encode_chat(prompt, system) if chat else self.encode(prompt)
+        ends = self._text_side().end_token_ids if chat else ()
         generation = Generation(
             self.module,  # type: ignore[arg-type]
             self.encode(prompt),
             sampling=Sampling(**options),
             limits=Limits(max_tokens, **limits),
-            eos_ids=self.eos_ids,
+            eos_ids=(*self.eos_ids, *ends),
         )
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         check(all(stops), "a stop string is empty; leave it out")
         check(not stops or self.tokenizer is not None, "stop strings need a tokenizer; this model has none")
         return Stream(self, generation, stops)
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generated:
+    def generate(self, prompt: Any, **options: Any) -> Generated:
         """`stream` to its end. The same options."""
         stream = self.stream(prompt, **options)
         for _ in stream:

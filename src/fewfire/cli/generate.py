@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Argument(help="A checkpoint's folder, the folder of a training run, or demo.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from stdin.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, through the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: instructions before the prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
     context: Annotated[int | None, typer.Option(help="Prompt and new tokens together at most (default: all).")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token; 0.7 to 1 is usual.")] = 0.0,
@@ -28,13 +30,15 @@ def generate(
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Go on from a prompt. Speeds go to stderr."""
+    """Go on from a prompt, or answer it with --chat. Speeds go to stderr."""
     text = _read_prompt(prompt)
     from fewfire import api
 
     loaded = api.load(model, threads=threads)
     stream = loaded.stream(
         text,
+        chat=chat,
+        system=system,
         stop=stop or (),
         max_tokens=max_tokens,
         context=context,
