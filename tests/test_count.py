@@ -153,7 +153,7 @@ def test_q4_is_the_default_pack():
     config = load("mixtral-8x7b")
     formats = choose_formats(config, "q4")
     assert (formats.experts, formats.trunk, formats.head, formats.router) == ("q4", "q8", "q8", "f32")
-    assert bits_per_weight("q4") == 4.5 and bits_per_weight("q8") == 8.5 and bits_per_weight("mxfp4") == 4.25
+    assert bits_per_weight("q4") == 4.375 and bits_per_weight("q8") == 8.125 and bits_per_weight("mxfp4") == 4.25
     assert choose_formats(config, "q4", head="bf16", down="q8").down == "q8"
 
 

@@ -1,0 +1,113 @@
+"""Weight formats: encode, decode, exact sizes. The plain definition of every bit that packs hold (docs/formats.md).
+
+A matrix (N rows, K columns) becomes two runs of bytes: `codes`, and `scales` (empty where codes hold all). Knows no
+file and no model; sizes come from `plan.memory`, so that what is planned is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewfire.config import check
+from fewfire.errors import FormatError
+from fewfire.formats import ggml, tiles
+from fewfire.formats.tiles import Encoded
+from fewfire.plan.memory import FORMATS, PLAN_ONLY, matrix_bytes
+
+__all__ = ["PACK_FORMATS", "Encoded", "Sizes", "decode", "decode_rows", "encode", "sizes"]
+
+PACK_FORMATS = tuple(name for name in FORMATS if name not in PLAN_ONLY)
+_PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16}
+_TILED: dict[str, tuple[Callable[[Tensor], Encoded], Callable[[Encoded, tuple[int, int]], Tensor]]] = {
+    "q8": (tiles.encode_q8, tiles.decode_q8),
+    "q4": (tiles.encode_q4, tiles.decode_q4),
+    "mxfp4": (tiles.encode_mxfp4, tiles.decode_mxfp4),
+}
+_CHUNK_VALUES = 1 << 18  # values encoded at a time: what the processor's cache holds
+_NO_BYTES = torch.empty(0, dtype=torch.uint8)
+
+
+class Sizes(NamedTuple):
+    """Bytes of one encoded matrix."""
+
+    codes: int
+    scales: int
+
+    @property
+    def total(self) -> int:
+        return self.codes + self.scales
+
+
+def sizes(name: str, shape: tuple[int, ...]) -> Sizes:
+    """Bytes of codes and scales of a matrix (N, K), or a vector (K,), in format `name`."""
+    total = matrix_bytes(name, shape)
+    if name not in _TILED:
+        return Sizes(total, 0)
+    block = FORMATS[name]
+    codes = total // block.num_bytes * tiles.CODE_BYTES[name]
+    return Sizes(codes, total - codes)
+
+
+def encode(values: Tensor, name: str, *, record: str | None = None) -> Encoded:
+    """Codes and scales (uint8) of a floating matrix (N, K) or vector (K,) in format `name`; `record` names it in errors.
+
+    Scales are chosen by search for the least squared error. Deterministic, whatever the number of threads.
+    Raises: FormatError for NaN or infinity, ConfigError for a format of which no pack is made.
+    """
+    check_format(name)
+    rows = values.detach().reshape(-1, values.shape[-1]) if values.dim() else values.detach().reshape(1, 1)
+    finite = torch.isfinite(rows).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0])
+        column = int((~torch.isfinite(rows[row])).nonzero()[0])
+        raise FormatError(
+            f"holds {float(rows[row, column])} in row {row}, column {column}; a weight must be a number: repair the checkpoint",
+            record=record,
+        )
+    if name in _PLAIN:
+        return Encoded(rows.to(_PLAIN[name]).contiguous().reshape(-1).view(torch.uint8), _NO_BYTES)
+    step = max(1, _CHUNK_VALUES // max(rows.shape[1], 1) // tiles.ROWS) * tiles.ROWS
+    one = _TILED[name][0] if name in _TILED else lambda part: Encoded(ggml.ENCODERS[name](part), _NO_BYTES)
+    parts = [one(part.float()) for part in rows.split(step)]
+    return Encoded(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
+
+
+def decode(encoded: Encoded, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The float32 values, of `shape` (N, K) or (K,), that `encoded` stands for. Exact.
+
+    Raises: FormatError where the bytes are not as many as `sizes` says.
+    """
+    check_format(name)
+    expected = sizes(name, shape)
+    if (encoded.codes.numel(), encoded.scales.numel()) != expected:
+        raise FormatError(
+            f"has {encoded.codes.numel()} bytes of codes and {encoded.scales.numel()} of scales, expected "
+            f"{expected.codes} and {expected.scales} for {name} of shape {list(shape)}"
+        )
+    matrix = (shape[-2] if len(shape) > 1 else 1, shape[-1])
+    if name in _PLAIN:
+        values = encoded.codes.clone().view(_PLAIN[name]).float().reshape(matrix)
+    elif name in _TILED:
+        values = _TILED[name][1](encoded, matrix)
+    else:
+        values = ggml.DECODERS[name](encoded.codes.reshape(matrix[0], -1))[:, : matrix[1]]
+    return values.reshape(shape)
+
+
+def decode_rows(encoded: Encoded, name: str, shape: tuple[int, int], first: int, last: int) -> Tensor:
+    """Rows `first` to `last` of a matrix, (last - first, K) float32: `first` a multiple of 16, `last` one or the end."""
+    assert first % tiles.ROWS == 0 and (last % tiles.ROWS == 0 or last == shape[0])
+    head, part = sizes(name, (first, shape[1])), sizes(name, (last - first, shape[1]))
+    cut = Encoded(
+        encoded.codes[head.codes : head.codes + part.codes], encoded.scales[head.scales : head.scales + part.scales]
+    )
+    return decode(cut, name, (last - first, shape[1]))
+
+
+def check_format(name: str) -> None:
+    """Raise ConfigError unless packs can hold format `name`."""
+    check(name in PACK_FORMATS, f"format {name!r} is none that packs hold; choose one of {', '.join(PACK_FORMATS)}")
