@@ -22,6 +22,7 @@ from fewfire.config import (
 from fewfire.errors import ConfigError
 from fewfire.model.attention import attend, relative_buckets
 from fewfire.model.build import build_model
+from fewfire.model.cache import Growing
 from fewfire.model.decoder import make_context
 from fewfire.model.delta import DeltaNet, Lightning, Mamba, delta_rule, delta_rule_chunked, short_convolution, unit
 from fewfire.model.latent import Indexer, LatentAttention
@@ -118,6 +119,16 @@ def test_padding_may_begin_or_end_after_the_first_call():
     middle = model(torch.stack((ids[:, 4], ids[:, 4]), dim=1), cache, mask_BT=gap)[gap]
     last = model(ids[:, 5:], cache)
     close(torch.cat((first, middle[:, None], last), dim=1), full)
+
+
+def test_a_cache_grows_without_losing_anything():
+    torch.manual_seed(0)
+    whole, growing, end = torch.randn(2, 3, 230, 4), Growing(), 0
+    for part in whole.split([1, 63, 1, 100, 40, 25], dim=2):
+        end += part.shape[2]
+        assert torch.equal(growing.append(part), whole[:, :, :end])
+    growing.truncate(70)
+    assert torch.equal(growing.append(whole[:, :, 70:71]), whole[:, :, :71])
 
 
 def by_hand(q, k, v, visible, scale, cap=None, sinks=None, bias=None):

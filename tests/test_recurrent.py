@@ -19,6 +19,7 @@ from fewfire.config import (
 from fewfire.errors import ConfigError
 from fewfire.model.build import build_model
 from fewfire.model.decoder import initialise, make_context
+from fewfire.model.experts import reference_experts
 from fewfire.model.noisy import NoisyRouter, noisy_gate
 from fewfire.model.recurrent import Lstm, Recurrent
 
@@ -148,6 +149,23 @@ def test_lstm_is_its_definition():
         rows.append(lstm.out(hidden))
     context = make_context(torch.zeros(2, 6, dtype=torch.long), None, None)
     torch.testing.assert_close(lstm(x, context), torch.stack(rows, dim=1), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_stack_by_hand():
+    """Residuals around every layer, a sigmoid behind the experts, nothing normed (appendix C.1)."""
+    torch.manual_seed(0)
+    model = build_model(model_config(gating())).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    ids = torch.randint(0, VOCAB, (1, 5))
+    context = make_context(ids, None, None)
+    x = model.embed.weight[ids]
+    x = x + model.layers[0].attention(x, context)
+    moe = model.layers[0].ffn
+    x = x + torch.sigmoid(reference_experts(moe.experts, x[0], moe.router(x[0])))
+    x = x + model.layers[1].attention(x, context)
+    torch.testing.assert_close(model(ids), x @ model.head.weight.t(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("branches", "hidden"), [(None, 12), (None, 7), (2, 12), (2, 7)])

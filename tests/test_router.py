@@ -67,6 +67,12 @@ def test_sigmoid_with_bias_groups_by_top2_sum():
     )
 
 
+def test_top2_sum_counts_two_experts_of_a_larger_group():
+    # Of three each: best two 1.0 against 1.1, all three 1.3 against 1.1.
+    config = rule(6, 1, "sigmoid", groups=GroupConfig(2, 1, "top2_sum"))
+    check_routing(route(sigmoid_inverse(0.6, 0.4, 0.3, 0.55, 0.55, 1e-6), config), [3], [0.55])
+
+
 def test_top2_sum_masks_with_minus_infinity():
     # All biased scores of the kept group are negative: a mask of 0 would let the others in.
     config = rule(4, 2, "sigmoid", False, 1.0, True, groups=GroupConfig(2, 1, "top2_sum"))
@@ -113,6 +119,13 @@ def test_sparsemixer():
     everyone = torch.softmax(logits, -1)[0, 1].item()
     without = 1 / (1 + math.exp(-0.9) + math.exp(-4.9))
     check_routing(route(logits, rule(score="sparsemixer", jitter=10.0)), [1, 2], [everyone, without])
+
+
+def test_sparsemixer_measures_distance_by_the_larger_of_logit_and_best():
+    # (2 - 1) / max(1, 2) = .5 stays under 2 * .3; by |l| alone it would be 1 and go. -5: 7 / 5 goes.
+    logits = torch.tensor([[1.0, 2.0, -5.0]])
+    config = rule(3, 1, "sparsemixer", jitter=0.3)
+    check_routing(route(logits, config), [1], [1 / (1 + math.exp(-1))])
 
 
 def test_sparsemixer_with_negative_logits_and_ties():
