@@ -139,13 +139,13 @@ class Model:
         check(chat or system is None, "a system prompt is part of a conversation; ask for chat too")
         limits = {key: options.pop(key) for key in ("context", "prefill_chunk") if key in options}
         unknown = sorted(options.keys() - Sampling.__dataclass_fields__.keys())
-        known = ["stop", "max_tokens", "context", "prefill_chunk", *Sampling.__dataclass_fields__]
+        known = ["chat", "system", "stop", "max_tokens", "context", "prefill_chunk", *Sampling.__dataclass_fields__]
         check(not unknown, f"option {', '.join(unknown)} is not known; expected one of {', '.join(known)}")
         ids = self.encode_chat(prompt, system) if chat else self.encode(prompt)
         ends = self._text_side().end_token_ids if chat else ()
         generation = Generation(
             self.module,  # type: ignore[arg-type]
-            self.encode(prompt),
+            ids,
             sampling=Sampling(**options),
             limits=Limits(max_tokens, **limits),
             eos_ids=(*self.eos_ids, *ends),
