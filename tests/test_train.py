@@ -1,6 +1,8 @@
 """Training: a batch is overfitted, resuming equals going on bit for bit, kill -9 loses only steps, bad input fails."""
 
 import dataclasses
+import errno
+import io
 import json
 import signal
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewfire.errors import ConfigError, FormatError
+from fewfire.checkpoints import atomic
+from fewfire.errors import BudgetError, ConfigError, FormatError
 from fewfire.model.decoder import Decoder
 from fewfire.train.architecture import build_config
 from fewfire.train.checkpoint import checkpoints, load_checkpoint
@@ -149,6 +152,26 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(corpus, tmp_pa
     straight.run(until=stop_at)
     same_state(tmp_path / "killed", tmp_path / "straight")
     assert not [path for path in folder.iterdir() if not path.name.startswith("step-")]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(corpus, tmp_path, monkeypatch):
+    settings = tiny(corpus, tmp_path / "run")
+    Trainer(settings).run(until=3)
+    before = checkpoints(tmp_path / "run" / "checkpoints")
+    trainer = Trainer(settings)
+    whole = io.BufferedWriter.write
+
+    class Full(io.BufferedWriter):
+        def write(self, content):
+            if self.tell() > 4096:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return whole(self, content)
+
+    monkeypatch.setattr(atomic, "open", lambda path, mode: Full(io.FileIO(path, mode)), raising=False)
+    with pytest.raises(BudgetError, match="disk is full"):
+        trainer.run(until=5)
+    assert checkpoints(tmp_path / "run" / "checkpoints") == before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [before[0].name]
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(corpus, tmp_path):

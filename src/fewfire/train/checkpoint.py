@@ -9,7 +9,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,10 +27,34 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     """
     path = folder / f"step-{step:08d}.pt"
     with replacing_file(path) as stream:
-        torch.save({"version": VERSION, "step": step, **state}, stream)
+        remembering = _Remembering(stream)
+        try:
+            torch.save({"version": VERSION, "step": step, **state}, remembering)
+        except RuntimeError:
+            if remembering.error is not None:  # torch reports its own surprise instead of the disk's reason
+                raise remembering.error from None
+            raise
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
+
+
+class _Remembering:
+    """A stream to write to that keeps the reason why a write failed."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        try:
+            return self.stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 def checkpoints(folder: Path) -> list[Path]:
