@@ -109,7 +109,7 @@ class TrainProgress:
         assert self._step is not None
         report = self._step
         head = Text(
-            f"{self.title}  step {report.step}/{report.total_steps}   loss {report.loss:.3f}   "
+            f"{self.title + '   ' if self.title else ''}step {report.step}/{report.total_steps}   loss {report.loss:.3f}   "
             f"{report.tokens_per_s:,.0f} tok/s   {duration(report.seconds_left)} left"
         )
         if self._evaluation is not None:
@@ -121,7 +121,8 @@ class TrainProgress:
 
     @staticmethod
     def _router_table(healths: tuple[LoadHealth, ...], most: int = 12) -> Any:
-        shown = table("layer", "load per expert (full bar: twice the mean)", "MaxVio", "floor", "dead")
+        shown = table("layer", "load per expert, full bar = twice the mean", "MaxVio", "floor", "dead")
+        shown.columns[1].justify = "left"
         chosen = sorted(sorted(healths, key=lambda health: -health.excess)[:most], key=lambda health: health.layer)
         for health in chosen:
             style = "red" if health.excess > ALARM or health.num_dead else None
