@@ -1,4 +1,4 @@
-"""Weight formats: sizes, the meaning of every byte against a second, plain reading of docs/formats.md, and the error."""
+"""Weight formats: sizes, the meaning of every byte against a second reading of docs/formats.md, and the error."""
 
 import struct
 

@@ -53,7 +53,7 @@ def sizes(name: str, shape: tuple[int, ...]) -> Sizes:
 
 
 def encode(values: Tensor, name: str, *, record: str | None = None) -> Encoded:
-    """Codes and scales (uint8) of a floating matrix (N, K) or vector (K,) in format `name`; `record` names it in errors.
+    """Codes and scales (uint8) of a floating matrix (N, K) or vector (K,) in format `name`; `record` is for errors.
 
     Scales are chosen by search for the least squared error. Deterministic, whatever the number of threads.
     Raises: FormatError for NaN or infinity, ConfigError for a format of which no pack is made.
@@ -65,7 +65,8 @@ def encode(values: Tensor, name: str, *, record: str | None = None) -> Encoded:
         row = int((~finite).nonzero()[0])
         column = int((~torch.isfinite(rows[row])).nonzero()[0])
         raise FormatError(
-            f"holds {float(rows[row, column])} in row {row}, column {column}; a weight must be a number: repair the checkpoint",
+            f"holds {float(rows[row, column])} in row {row}, column {column}; a weight must be a number: "
+            "repair the checkpoint",
             record=record,
         )
     if name in _PLAIN:
@@ -99,7 +100,7 @@ def decode(encoded: Encoded, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def decode_rows(encoded: Encoded, name: str, shape: tuple[int, int], first: int, last: int) -> Tensor:
-    """Rows `first` to `last` of a matrix, (last - first, K) float32: `first` a multiple of 16, `last` one or the end."""
+    """Rows `first` to `last` of a matrix, float32: `first` a multiple of 16, `last` one or the end."""
     assert first % tiles.ROWS == 0 and (last % tiles.ROWS == 0 or last == shape[0])
     head, part = sizes(name, (first, shape[1])), sizes(name, (last - first, shape[1]))
     cut = Encoded(

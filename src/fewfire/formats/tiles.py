@@ -1,8 +1,8 @@
 """fewfire's own formats: q8, q4, mxfp4, in tiles of 16 rows x 128 columns, as the kernels read them.
 
 The order of bytes within a tile is what a vector of 64 bytes wants: 16 rows of 4 neighbouring columns each. B row
-blocks, G groups of 128 columns, r = 16 rows of a block. Every value is a small integer times one float32 a group (mxfp4:
-a quarter group) and row: so sums over a group are exact in int32. Byte by byte: docs/formats.md.
+blocks, G groups of 128 columns, r = 16 rows of a block. Every value is a small integer times one float32 a group
+(mxfp4: a quarter group) and row: so sums over a group are exact in int32. Byte by byte: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ SUB = 16  # columns of q4 that share a sub-scale
 MX_GROUP = 32  # columns of mxfp4 that share an exponent
 CODE_BYTES = {"q8": ROWS * GROUP, "q4": ROWS * GROUP // 2, "mxfp4": ROWS * GROUP // 2}
 Q8_LIMIT, Q8_OFFSET = 127, 128
-# q4's sixteen values: near what suits weights between a normal and a Laplace distribution. Times a sub-scale of at most 7
-# they fit a signed byte. Found by search over spacings; q4 with equal steps has 2 to 6 % more error (docs/formats.md).
+# q4's sixteen values suit weights between a normal and a Laplace distribution. Times a sub-scale of up to 7 they fit a
+# signed byte. Found by search over spacings; with equal steps there is 0 to 6 % more error (docs/formats.md).
 Q4_BOOK = (-18, -15, -12, -10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 11, 13, 16)
 Q4_ZERO = Q4_BOOK.index(0)
 Q4_LIMIT = 7
@@ -134,7 +134,7 @@ _NEAREST_VALUE = torch.tensor([Q4_BOOK[code] for code in _book_codes()], dtype=t
 
 
 def _nearest(ratio: Tensor, table: Tensor) -> Tensor:
-    """The entry of `table` for the value of Q4_BOOK that is nearest to each ratio. A search would take 15 times as long."""
+    """The entry of `table` for the value of Q4_BOOK nearest to each ratio; a search would take 15 times as long."""
     index = (ratio * 2 + 37).clamp_(0, 75).int()
     return table.index_select(0, index.reshape(-1)).reshape(ratio.shape)
 
