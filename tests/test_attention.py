@@ -336,3 +336,32 @@ def test_too_long_for_learned_positions():
     model(torch.zeros(1, 8, dtype=torch.long))
     with pytest.raises(ConfigError, match="9 tokens exceed"):
         model(torch.zeros(1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_training_in_bfloat16_is_close_and_has_gradients(name):
+    """Under autocast, as training runs: recurrences and indexers keep float32 inside."""
+    model = build(MIXERS[name]).train()
+    ids = torch.randint(0, VOCAB, (2, 12))
+    with torch.no_grad():
+        want = model(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(ids)
+    assert got.dtype == torch.float32
+    if name != "indexer":  # another token chosen is another model
+        assert (got - want).abs().mean() < 0.05  # 2^-8 relative, through two layers; logits are of order 1
+    got.square().mean().backward()
+    unseen = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert all(".indexer." in key for key in unseen)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_bfloat16_weights_run_with_a_cache(name):
+    model = build(MIXERS[name]).bfloat16()
+    ids, cache = torch.randint(0, VOCAB, (1, 8)), model.new_cache()
+    full = model(ids)
+    steps = torch.cat([model(part, cache) for part in ids.split([3, 1, 4], dim=1)], dim=1)
+    assert full.dtype == steps.dtype == torch.float32 and full.isfinite().all()
+    if name != "indexer":
+        assert (steps - full).abs().mean() < 0.05

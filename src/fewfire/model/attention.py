@@ -53,10 +53,10 @@ class Context:
         return None if self.visible_BS is None else self.visible_BS[:, self.past :]
 
     def mask(self, window: int | None, chunk: int | None) -> Tensor | None:
-        """Bool (B or 1, 1, T, S), True = visible; None when plain causal over a text without cache or padding."""
+        """Bool (B or 1, 1, T, S), True = visible; None where causal says it all: no padding, and all or one new."""
         length = self.length
         bounded = (window is not None and window < length) or (chunk is not None and chunk < length)
-        if self.visible_BS is None and self.past == 0 and not bounded:
+        if self.visible_BS is None and not bounded and (self.past == 0 or self.past == length - 1):
             return None
         return self.full_mask(window, chunk)
 
@@ -104,7 +104,7 @@ def attend(
     """
     groups = q_BHTd.shape[1] // k_BGSd.shape[1]
     if logit_cap is None and sinks_H is None and bias is None:
-        plain = causal and mask is None
+        plain = causal and mask is None and q_BHTd.shape[2] > 1  # one new token sees all there is
         return F.scaled_dot_product_attention(
             q_BHTd, k_BGSd, v_BGSe, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=groups > 1
         )

@@ -128,7 +128,8 @@ class DeltaNet(nn.Module):
         if state is None:
             state = q.new_zeros((q.shape[0], config.num_value_heads, config.key_dim, config.value_dim))
         rule = delta_rule if x_BTD.shape[1] == 1 else delta_rule_chunked
-        y_BHTv, state = rule(q_BHTk, k_BHTk, heads(v, config.value_dim), decay_BHT, beta_BHT, state)
+        with torch.autocast(x_BTD.device.type, enabled=False):  # a state that decays and adds needs float32
+            y_BHTv, state = rule(q_BHTk, k_BHTk, heads(v, config.value_dim), decay_BHT, beta_BHT, state)
         if cache is not None:
             cache["conv"], cache["state"] = past, state
         y_BTHv = self.norm(y_BHTv.transpose(1, 2)) * F.silu(z_BTHv.float())
@@ -181,7 +182,8 @@ class Lightning(nn.Module):
         state = state_of(cache, "state")
         if state is None:
             state = x_BTD.new_zeros((x_BTD.shape[0], config.num_heads, config.head_dim, config.head_dim)).float()
-        y_BHTd, state = self._scan(q_BHTd, k_BHTd, v_BHTd, decay_BHT, state)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y_BHTd, state = self._scan(q_BHTd, k_BHTd, v_BHTd, decay_BHT, state)
         if cache is not None:
             cache["state"] = state
         y_BTH = self.norm(y_BHTd.transpose(1, 2).flatten(2).to(x_BTD.dtype))
@@ -243,7 +245,7 @@ class Mamba(nn.Module):
         for t in range(u.shape[1]):
             step_BC1 = step_BTC[:, t, :, None]
             state_BCN = state_BCN * (step_BC1 * rates_CN).exp() + step_BC1 * b_BTN[:, t, None] * u[:, t, :, None]
-            outputs.append(torch.einsum("bcn,bn->bc", state_BCN, c_BTN[:, t]))
+            outputs.append((state_BCN * c_BTN[:, t, None]).sum(dim=-1))
         if cache is not None:
             cache["conv"], cache["state"] = past, state_BCN
         y_BTC = (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)) + u * self.d.float()

@@ -141,9 +141,10 @@ class Indexer(nn.Module):
             return None
         q_BHTd = self.q_up(q_BTq).unflatten(-1, (config.num_heads, -1)).transpose(1, 2)
         q_BHTd = rotate(q_BHTd, cos, sin, config.pairing)
-        scores_BHTS = F.relu(q_BHTd.float() @ k_B1Sd.float().transpose(-1, -2) * config.head_dim**-0.5)
-        weights_BTH = self.head_weights(x_BTD).float() * config.num_heads**-0.5
-        scores_BTS = torch.einsum("bth,bhts->bts", weights_BTH, scores_BHTS)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            scores_BHTS = F.relu(q_BHTd.float() @ k_B1Sd.float().transpose(-1, -2) * config.head_dim**-0.5)
+            weights_BTH = self.head_weights(x_BTD.to(self.head_weights.weight.dtype)).float() * config.num_heads**-0.5
+            scores_BTS = torch.einsum("bth,bhts->bts", weights_BTH, scores_BHTS)
         scores_BTS = scores_BTS.masked_fill(~context.full_mask()[:, 0], float("-inf"))
         _, ids_Rk = kernels.top_k(scores_BTS.flatten(0, 1), config.top_k)
         selected_RS = torch.zeros((ids_Rk.shape[0], length), dtype=torch.bool).scatter_(1, ids_Rk, True)
