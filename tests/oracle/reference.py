@@ -66,12 +66,19 @@ def redraw(model: nn.Module, seed: int = 0) -> None:
             values.copy_(0.3 * draw)
         elif name not in dict(model.named_parameters()):
             continue  # decay tables and rotary frequencies follow from the config
-        elif "norm" in name or ".ln_" in name or name.endswith(("norm.scale", "A_log", "dt_bias")):
+        elif name.endswith("A_log"):
+            values.copy_(1 + 0.5 * draw)  # transformers' own start is random
+        elif is_norm(name) or name.endswith("dt_bias"):
             values.add_(0.2 * draw)
         elif values.dim() < 2 or name.endswith(("_bias", ".bias")):
             values.copy_(0.3 * draw)
         else:
             values.copy_(draw * fan_in(name, values, model.config) ** -0.5)
+
+
+def is_norm(name: str) -> bool:
+    owner = name.split(".")[-2:-1]
+    return any("norm" in part or "ln_" in part for part in owner)
 
 
 def fan_in(name: str, values: Tensor, config: Any) -> int:
