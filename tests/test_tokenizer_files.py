@@ -28,16 +28,18 @@ LINES = [
     "Na\u00efve caf\u00e9s open at 10:45, 1234567 of them.",
     "\u4f60\u597d\u4e16\u754c \u30ab\u30bf\u30ab\u30ca \ud55c\uad6d\uc5b4 \U0001f600",
 ] * 40
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # text with some variety
 TEXTS = [
     *LINES[:4], "", " ", "  two  spaces ", "line\nbreaks\r\n\r\n  and\ttabs",
     "unseen \u0416\u0438\u0437\u043d\u044c \U0001f9d1\u200d\U0001f680", "\u2581mark", "don't DON'T we'LL",
     "therouterstay coldexperts tokeneverythe defgateroute", "x" * 300, "1 22 333 4444", "</s> <s> <bar>",
+    SOURCE[-3000:].replace("t", "th"),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def trained() -> Tokenizer:
-    return train_bpe(LINES, 600, pattern=SPLITS["llama3"][0])
+    return train_bpe([*LINES, SOURCE], 700, pattern=SPLITS["llama3"][0])
 
 
 def words(chain: tuple[str, ...], text: str) -> list[str]:
