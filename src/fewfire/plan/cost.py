@@ -186,9 +186,10 @@ class Costs:
             return f"No API lists this model: self-hosting starts at {self.money(floor)} a month ({label})."
         if self.break_even is None:
             full = self.host.per_million(self.host.useful_capacity)
+            api = self.money(self.api_per_million or 0.0, 2)
             return (
-                f"The API is cheaper at any volume: {label} costs {self.money(full, 2)} per million tokens even at full "
-                f"use, the API {self.money(self.api_per_million or 0.0, 2)}."
+                f"The API is cheaper at any volume: {label} costs {self.money(full, 2)} per million tokens "
+                f"even at full use, the API {api}."
             )
         return (
             f"Below {_billions(self.break_even)} tokens a month the API is cheaper; above it {label} at "
@@ -263,10 +264,11 @@ def _billions(tokens: float) -> str:
 def choose_host(machines: list[Machine], demand: Demand, api: ApiPrice | None) -> SelfHost | None:
     """The machine to compare by: the cheapest at the volume asked for; without one, the lowest break-even or bill.
 
-    Machines under five readable streams' speed at one sequence are no service and are passed over.
+    Machines below a readable stream for one user are passed over, and all but GPUs where there are any.
     """
     hosts = [host for host in (self_host(machine, demand) for machine in machines) if host is not None]
     hosts = [host for host in hosts if host.machine.decode is not None and host.machine.decode.tokens_per_s >= 10]
+    hosts = [host for host in hosts if host.machine.system.part.kind == "gpu"] or hosts
     if not hosts:
         return None
     tokens = demand.tokens_per_month

@@ -38,7 +38,7 @@ def fit(work: Workload, system: System, layout: Layout, batch: int) -> Fit:
     usable = part.usable_bytes
     per_sequence = work.cache.sequence * stage / min(layout.tensor, work.cache_shards)
     chunk = SERVING_CHUNK if part.kind == "gpu" and part.memory_gb >= 40 else LOCAL_CHUNK
-    room = usable - weights - work.scratch_bytes_per_token * chunk / layout.tensor
+    room = usable - weights - work.scratch_bytes_per_token * chunk / layout.expert
     if room <= 0:
         most = 0
     elif per_sequence == 0:

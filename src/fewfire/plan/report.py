@@ -32,12 +32,15 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 4px}h2{font-size:1.2rem;margin:40
 .card span{color:#5b6770;font-size:.85rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.88rem;margin:8px 0 4px}
 th,td{padding:6px 8px;border-bottom:1px solid #e3e8ec;text-align:right;vertical-align:top}
-th:first-child,td:first-child{text-align:left}.words td{text-align:left}th{color:#5b6770;font-weight:600}
+th:first-child,td:first-child{text-align:left}
+td:nth-child(4){white-space:nowrap}.words td{white-space:normal}
+.words td,.words th{text-align:left}th{color:#5b6770;font-weight:600}
 svg{width:100%;height:auto;display:block;font:12px system-ui,sans-serif}svg text{fill:#3a444c}
 svg .grid{stroke:#e3e8ec}svg .mark{font-weight:600;fill:#111}
 .legend{font-size:.85rem;color:#3a444c;margin:2px 0 0;display:flex;flex-wrap:wrap;gap:4px 18px}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:2px;margin-right:6px;vertical-align:-1px}
-.note{color:#5b6770;font-size:.88rem}.warn{background:#fff6e5;border:1px solid #e8c984;padding:8px 12px;border-radius:6px}
+.note{color:#5b6770;font-size:.88rem}
+.warn{background:#fff6e5;border:1px solid #e8c984;padding:8px 12px;border-radius:6px}
 @media print{main{padding:0}h2{break-after:avoid}svg,table{break-inside:avoid}}
 """
 
@@ -92,8 +95,8 @@ def _head(plan: Plan) -> str:
     today = datetime.date.today().isoformat()
     return (
         f"<h1>{escape(plan.subject.title or plan.subject.name)}</h1>"
-        f'<p class="sub">What it needs, how fast it runs, what it costs. Worked out on {today} from published shapes and '
-        "prices; nothing was bought or downloaded, and speeds are predictions, not measurements.</p>"
+        f'<p class="sub">What it needs, how fast it runs, what it costs. Worked out on {today} from published shapes '
+        "and prices; nothing was bought or downloaded, and speeds are predictions, not measurements.</p>"
         f'<p class="lead">{escape(plan.sentence)}</p><p>{answer}</p><p>{escape(plan.verdict)}.</p>{warnings}'
     )
 
@@ -227,7 +230,7 @@ def _cost(plan: Plan) -> str:
         y_label=f"{unit} a month",
         log_x=True,
         log_y=True,
-        x_text=format_count,
+        x_text=_volume,
         y_text=lambda value: f"{value:,.0f}",
         marks=marks,
     )
@@ -249,6 +252,14 @@ def _cost(plan: Plan) -> str:
         "the mean."
     )
     return f'<h2>Cost against volume</h2><p class="note">{escape(steps)}</p>{chart}{_table(head, rows, words=True)}'
+
+
+def _volume(tokens: float) -> str:
+    """'100M', '10B': a tick of the volume axis."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if tokens >= size:
+            return f"{tokens / size:,.3g}{unit}"
+    return f"{tokens:,.0f}"
 
 
 def _prices(plan: Plan) -> str:
@@ -307,11 +318,12 @@ def _day(plan: Plan) -> str:
     ]
     traffic = day.traffic
     words = (
-        f"{traffic.requests:,} requests of about {traffic.prompt_tokens:,} tokens in and {traffic.answer_tokens:,} out, on "
-        f"{day.devices} devices ({day.replicas} x {day.layout}); {day.busy_frac * 100:.1f} % busy, longest queue "
-        f"{day.longest_queue}."
+        f"{traffic.requests:,} requests of about {traffic.prompt_tokens:,} tokens in, {traffic.answer_tokens:,} out, "
+        f"on {day.devices} devices ({day.replicas} x {day.layout}); {day.busy_frac * 100:.1f} % busy, longest "
+        f"queue {day.longest_queue}."
     )
-    return f'<h2>A simulated day</h2><p class="note">{escape(words)}</p>{_table(("", "median", "90 %", "99 %"), rows)}'
+    head = ("", "median", "90 %", "99 %")
+    return f'<h2>A simulated day</h2><p class="note">{escape(words)}</p>{_table(head, rows)}'
 
 
 def _launch(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from html import escape
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 680, 340
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 20, 56
+LEFT, RIGHT, TOP, BOTTOM = 70, 34, 20, 56
 COLOURS = ("#1b4f8f", "#d9822b", "#2e7d4f", "#8a2f5b", "#5b6770", "#b59f00")
 
 
@@ -70,18 +70,15 @@ def _frame(x: _Axis, y: _Axis, x_label: str, y_label: str, x_text: Callable, y_t
         at = y.at(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" y1="{at:.1f}" x2="{WIDTH - RIGHT}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(y_text(tick))}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    middle, centre = (TOP + HEIGHT - BOTTOM) / 2, (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{centre}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>')
     return parts
 
 
 def _wrap(parts: Sequence[str], title: str, height: int = HEIGHT) -> str:
-    body = "".join(parts)
-    label = escape(title, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}"><title>{escape(title)}</title>{body}</svg>'
+    body, label = "".join(parts), escape(title, quote=True)
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}"><title>{label}</title>{body}</svg>'
 
 
 def line_chart(
@@ -111,16 +108,17 @@ def line_chart(
             parts.append(
                 f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="3" fill="{colour}"><title>{words}</title></circle>'
             )
-    for px, py, words in marks:
-        parts.append(
-            f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="5" fill="none" stroke="#111" stroke-width="2"/>'
-        )
-        anchor = "end" if x.at(px) > WIDTH * 0.6 else "start"
-        shift = -9 if anchor == "end" else 9
-        parts.append(
-            f'<text class="mark" x="{x.at(px) + shift:.1f}" y="{y.at(py) - 8:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
-        )
+    parts += [_mark(x.at(px), y.at(py), words) for px, py, words in marks]
     return _wrap(parts, title) + legend([line.name for line in lines])
+
+
+def _mark(x: float, y: float, words: str, *, radius: int = 6) -> str:
+    """A ring with words beside it, on the side with room."""
+    anchor, shift = ("end", -9) if x > WIDTH * 0.6 else ("start", 9)
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="none" stroke="#111" stroke-width="1.6"/>'
+        f'<text class="mark" x="{x + shift:.1f}" y="{y - 8:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    )
 
 
 def legend(names: Sequence[str]) -> str:
@@ -163,9 +161,8 @@ def stacked_bars(
             start += value
     for value, words in limits:
         at = axis.at(value)
-        parts.append(
-            f'<line x1="{at:.1f}" y1="6" x2="{at:.1f}" y2="{height - 32}" stroke="#111" stroke-dasharray="4 3"/>'
-        )
+        ends = f'x1="{at:.1f}" y1="6" x2="{at:.1f}" y2="{height - 32}"'
+        parts.append(f'<line {ends} stroke="#111" stroke-dasharray="4 3"/>')
         parts.append(f'<text class="mark" x="{at - 6:.1f}" y="{height - 36}" text-anchor="end">{escape(words)}</text>')
     return _wrap(parts, title, height) + legend(names)
 
@@ -194,8 +191,5 @@ def scatter(
                 f"<title>{hover}</title></circle>"
             )
             if words == highlight:
-                parts.append(
-                    f'<circle cx="{x.at(px):.1f}" cy="{y.at(py):.1f}" r="9" fill="none" stroke="#111" stroke-width="1.5"/>'
-                    f'<text class="mark" x="{x.at(px) + 12:.1f}" y="{y.at(py) - 6:.1f}">{escape(words)}</text>'
-                )
+                parts.append(_mark(x.at(px), y.at(py), words, radius=9))
     return _wrap(parts, title) + legend([name for name, _ in groups])
