@@ -371,10 +371,10 @@ def test_eval_prints_one_json_object(folder, text_file, tmp_path, capsys):
 
 
 def test_eval_prints_figures_for_people(folder, text_file, tmp_path, capsys, monkeypatch):
-    from fewfire.cli import eval as verb
+    from fewfire.cli import progress
 
-    monkeypatch.setattr(verb.time, "perf_counter", iter(range(0, 10**6, 30)).__next__)
-    assert run("eval", folder, text_file, "--max-tokens", 50) == 0
+    monkeypatch.setattr(progress.time, "perf_counter", iter(range(0, 10**6, 30)).__next__)
+    assert run("eval", folder, text_file, "--max-tokens", 50, "--context", 16) == 0
     captured = capsys.readouterr()
     assert "perplexity " in captured.out and "bits per byte" in captured.out and "tokens         50" in captured.out
     assert "tokens/s" in captured.err and "perplexity" in captured.err

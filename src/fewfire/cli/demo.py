@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewfire.config import check
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fewfire.demo import DemoResult
+    from fewfire.demo.smollm2 import SmolResult
 
 
 def demo(
@@ -17,12 +20,18 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all cores).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again even if a finished demo is kept.")] = False,
+    model: Annotated[str | None, typer.Option(help="smollm2: a real model instead, if it is installed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """The whole way, offline: plan, train, compare, look at the router, generate. Afterwards `demo` is a MODEL."""
     from fewfire.cli.output import console, print_json
 
     out = console()
+    if model is not None:
+        check(model == "smollm2", f"model {model!r} is none of the demo's; expected smollm2, or none to train one")
+        check((minutes, seed, fresh) == (6.0, 0, False), "minutes, seed and fresh are for training; smollm2 is trained")
+        _show_smollm2(out, threads=threads, as_json=as_json)
+        return
     if not as_json:
         _print_plans(out)
     from fewfire.cli.progress import TrainProgress
@@ -147,3 +156,43 @@ def _print_sample(out: Console, prompt: str, text: str) -> None:
     shown.append(text, style="not bold")
     out.print(shown)
     out.print("  ...", style="dim")
+
+
+def _show_smollm2(out: Console, *, threads: int | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fewfire.cli.output import print_json
+    from fewfire.cli.progress import EvalProgress
+    from fewfire.demo.smollm2 import run_smollm2
+
+    with EvalProgress(quiet=as_json) as progress:
+        result = run_smollm2(threads=threads, progress=progress.report)
+    if as_json:
+        print_json(asdict(result) | {"evaluation": result.evaluation.to_json()})
+        return
+    _print_smollm2(result, out)
+
+
+def _print_smollm2(result: SmolResult, out: Console) -> None:
+    """The conversation, then the figures."""
+    from rich.text import Text
+
+    from fewfire.sizes import format_bytes, format_count
+
+    for answer in result.answers:
+        out.print(Text(f"\n{answer.prompt}", style="bold"))
+        out.print(Text(answer.text + ("" if answer.finish_reason == "stop" else " ...")), soft_wrap=True)
+    figures, last = result.evaluation, result.answers[-1]
+    prefill = [answer.prefill_tokens_per_s or 0.0 for answer in result.answers]
+    out.print(
+        f"\nparameters     {format_count(result.total)}, {format_count(result.active)} active; "
+        f"loaded in {result.load_s:.1f} s, peak memory {format_bytes(result.peak_rss_bytes)}",
+        f"\nspeed          prefill {max(prefill):.0f}, decode {last.decode_tokens_per_s or 0.0:.1f}, "
+        f"evaluation {result.eval_tokens_per_s:.0f} tokens/s",
+        f"\nperplexity     {figures.perplexity:.3f}, {figures.bits_per_byte:.3f} bits per byte, "
+        f"on {figures.tokens:,} tokens of Python's standard library",
+        "\n               (public text, which the model may have seen in training)",
+        f"\nIt is a MODEL: fewfire generate {result.path} --chat --prompt 'Hello'",
+        sep="",
+        soft_wrap=True,
+    )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,12 +28,13 @@ def evaluate(
     """Measure a model on your own text or questions. docs/perplexity.md says what is counted, and how."""
     from fewfire import api
     from fewfire.cli.output import print_json
+    from fewfire.cli.progress import EvalProgress
     from fewfire.data import corpus_files
 
     corpus_files(data)  # a mistyped path is said before a model is loaded
     loaded = api.load(model, threads=threads)
     options = {"context": context, "stride": stride, "max_tokens": max_tokens, "like": like}
-    with _Progress() as progress:
+    with EvalProgress() as progress:
         figures = loaded.evaluate(data, field=field, progress=progress.report, **options)
     if as_json:
         print_json(figures.to_json())
@@ -58,32 +57,3 @@ def _summary(figures: Evaluation) -> str:
         stride = "" if figures.like == "llama.cpp" else f", {figures.stride} scored each"
         lines.append(f"windows        of {figures.context} tokens{stride}, as {figures.like} cuts them")
     return "\n".join(lines) + "\n"
-
-
-class _Progress:
-    """Tokens so far, their perplexity and speed on stderr: one line rewritten in a terminal, else one each 10 s."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._every_s = 0.2 if self._terminal else 10.0
-        self._begin = self._told = time.perf_counter()
-        self._open = False
-
-    def report(self, tokens: int, nats: float) -> None:
-        now = time.perf_counter()
-        if now - self._told < self._every_s:
-            return
-        self._told, mean = now, nats / max(1, tokens)
-        perplexity = math.exp(mean) if mean < 700 else math.inf
-        line = f"{tokens:,} tokens, perplexity {perplexity:.3f}, {tokens / (now - self._begin):,.0f} tokens/s"
-        sys.stderr.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
-        sys.stderr.flush()
-        self._open = self._terminal
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._open:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

@@ -1,11 +1,13 @@
-"""A training run in the terminal: one live block with loss, speed, time left and the router's health per layer.
+"""Long work in the terminal. A training run: one live block with loss, speed, time left, the router's health.
 
 Where stderr is no terminal it prints one line a report instead. Knows the trainer's reports, not the trainer.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,3 +131,35 @@ class TrainProgress:
             cells = (load_bars(health.load), f"{health.max_vio:.2f}", f"{health.noise_floor:.2f}", str(health.num_dead))
             shown.add_row(str(health.layer), *cells, style=style)
         return shown
+
+
+class EvalProgress:
+    """An evaluation's tokens, perplexity and speed: one line rewritten in a terminal, else one each 10 s."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._every_s = 0.2 if self._terminal else 10.0
+        self._told = time.perf_counter()
+        self._first: tuple[float, int] | None = None  # when, and how many tokens there were: speed counts from there
+        self._open = False
+
+    def report(self, tokens: int, nats: float) -> None:
+        now = time.perf_counter()
+        begin, before = self._first = self._first or (now, tokens)
+        if self.quiet or now - self._told < self._every_s or now == begin:
+            return
+        self._told, mean = now, nats / max(1, tokens)
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        line = f"{tokens:,} tokens, perplexity {perplexity:.3f}, {(tokens - before) / (now - begin):,.0f} tokens/s"
+        sys.stderr.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
+        sys.stderr.flush()
+        self._open = self._terminal
+
+    def __enter__(self) -> EvalProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

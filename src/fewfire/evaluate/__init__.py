@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewfire.evaluate.evaluation import Evaluation, evaluate
+from fewfire.evaluate.evaluation import Evaluation, evaluate, evaluate_documents
 from fewfire.evaluate.windows import CONVENTIONS, Convention, Windowing
 
-__all__ = ["CONVENTIONS", "Convention", "Evaluation", "Windowing", "evaluate"]
+__all__ = ["CONVENTIONS", "Convention", "Evaluation", "Windowing", "evaluate", "evaluate_documents"]

@@ -73,7 +73,44 @@ def evaluate(
     under `field`. JSONL whose lines have `choices` holds questions (`read_questions`).
     Raises: ConfigError for data without text, or a model that cannot be asked; FormatError for a malformed line.
     """
-    windowing, config = windowing or Windowing(), model.config
+    windowing = windowing or Windowing()
+    if not holds_questions(data):
+        documents = read_documents(data, field=field, cut_characters=None)
+        return evaluate_documents(model, tokenizer, documents, windowing=windowing, progress=progress)
+    check(windowing.like == "lm-eval", "questions have no windows; llama.cpp's are for texts - leave `like` out")
+    check(windowing.stride is None, "stride has no effect on questions, which are read whole; leave it out")
+    known, cut = _ask_for(model, tokenizer, windowing)
+    questions, most = read_questions(data), windowing.max_tokens
+    chosen = answer_questions(model, known, questions, cut, max_tokens=most, progress=progress)
+    accuracy = (chosen.right / chosen.questions, chosen.right_normalised / chosen.questions)
+    return _figures(chosen.answers, chosen.questions, windowing, cut, accuracy)
+
+
+def evaluate_documents(
+    model: nn.Module,
+    tokenizer: Tokenizer | None,
+    documents: Iterable[Document],
+    *,
+    windowing: Windowing | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """`evaluate` on texts that are at hand."""
+    windowing = windowing or Windowing()
+    known, cut = _ask_for(model, tokenizer, windowing)
+    config = model.config
+    assert isinstance(config, ModelConfig)
+    reader, tally = _Reader(known, config.vocab_size, windowing, cut), Tally()
+    for window, nats in score_windows(model, reader.windows(documents)):
+        tally.add(nats, window.num_bytes)
+        if progress is not None:
+            progress(tally.tokens, tally.nats)
+    _check_enough(tally, windowing, cut)
+    return _figures(tally, reader.texts, windowing, cut)
+
+
+def _ask_for(model: nn.Module, tokenizer: Tokenizer | None, windowing: Windowing) -> tuple[Tokenizer, Cut]:
+    """Tokenizer and cut; ConfigError for a model that cannot be evaluated."""
+    config = model.config
     assert isinstance(config, ModelConfig)
     check(
         not isinstance(model, EncoderDecoder),
@@ -83,22 +120,7 @@ def evaluate(
         raise ConfigError(
             "this model has no tokenizer, so texts cannot be read; put its tokenizer.json into its folder"
         )
-    cut = Cut.of(tokenizer, windowing.context_for(config))
-    if holds_questions(data):
-        check(windowing.like == "lm-eval", "questions have no windows; llama.cpp's are for texts - leave `like` out")
-        check(windowing.stride is None, "stride has no effect on questions, which are read whole; leave it out")
-        questions, most = read_questions(data), windowing.max_tokens
-        chosen = answer_questions(model, tokenizer, questions, cut, max_tokens=most, progress=progress)
-        accuracy = (chosen.right / chosen.questions, chosen.right_normalised / chosen.questions)
-        return _figures(chosen.answers, chosen.questions, windowing, cut, accuracy)
-    reader, tally = _Reader(tokenizer, config.vocab_size, windowing, cut), Tally()
-    texts = read_documents(data, field=field, cut_characters=None)
-    for window, nats in score_windows(model, reader.windows(texts)):
-        tally.add(nats, window.num_bytes)
-        if progress is not None:
-            progress(tally.tokens, tally.nats)
-    _check_enough(tally, windowing, cut)
-    return _figures(tally, reader.texts, windowing, cut)
+    return tokenizer, Cut.of(tokenizer, windowing.context_for(config))
 
 
 class _Reader:
