@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,40 @@ class Chunk(NamedTuple):
     rows: tuple[int, int] | None
 
 
+Placed = list[tuple[str, int]]  # (parameter, number of values that it was given)
+Job = TypeVar("Job")
+
+
+def give_values(
+    module: nn.Module,
+    dtypes: Mapping[str, torch.dtype],
+    jobs: Iterable[Job],
+    place: Callable[[Job, Mapping[str, Tensor]], Placed],
+) -> None:
+    """Make memory of `dtypes` for the whole state of `module`, let `place` do each of `jobs`, and hand it over.
+
+    `place` runs on several threads and says what it filled. Raises: FormatError where a parameter was not filled
+    exactly, or module and `dtypes` do not name the same ones.
+    """
+    targets, filled = _allocate(module, dtypes), Counter[str]()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        try:
+            for placed in pool.map(lambda job: place(job, targets), jobs):
+                for name, count in placed:
+                    filled[name] += count
+        except FewfireError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for name, values in targets.items():
+        if filled[name] != values.numel():
+            raise FormatError(f"{filled[name]} of {values.numel()} values were given", record=name)
+    module.load_state_dict(targets, strict=True, assign=True)
+    left = [name for name, values in _tensors(module) if values.is_meta]
+    assert not left, f"{left} are not part of the state and were left without values"
+
+
 class Filler:
-    """One fill of one module. `run` does it; see `HubCheckpoint.fill` for what the arguments mean."""
+    """One fill of one module from a hub checkpoint; see `HubCheckpoint.fill` for what the arguments mean."""
 
     def __init__(
         self,
@@ -46,25 +78,12 @@ class Filler:
         exact: bool,
     ):
         self.table, self.stored, self.module = table, stored, module
-        self.targets = _allocate(module, _parameter_dtypes(table, stored, dtype, exact))
-        self._filled: Counter[str] = Counter()
+        self.dtypes = _parameter_dtypes(table, stored, dtype, exact)
 
     def run(self) -> None:
         chunks = sorted(self._chunks(), key=lambda chunk: (*chunk.stored.where, chunk.rows or (0, 0)))
-        with Shards() as shards, ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            try:
-                for placed in pool.map(lambda chunk: self._place(chunk, shards), chunks):
-                    for name, count in placed:
-                        self._filled[name] += count
-            except FewfireError:
-                pool.shutdown(cancel_futures=True)
-                raise
-        for name, values in self.targets.items():
-            if self._filled[name] != values.numel():
-                raise FormatError(f"{self._filled[name]} of {values.numel()} values were given", record=name)
-        self.module.load_state_dict(self.targets, strict=True, assign=True)
-        left = [name for name, values in _tensors(self.module) if values.is_meta]
-        assert not left, f"{left} are not part of the state and were left without values"
+        with Shards() as shards:
+            give_values(self.module, self.dtypes, chunks, lambda chunk, targets: _place(chunk, targets, shards))
 
     def _chunks(self) -> Iterator[Chunk]:
         for tensor in self.table:
@@ -77,31 +96,31 @@ class Filler:
             for start in range(0, shape[0], rows):
                 yield Chunk(tensor, stored, (start, min(start + rows, shape[0])))
 
-    def _place(self, chunk: Chunk, shards: Shards) -> list[tuple[str, int]]:
-        """Read `chunk` into the parameters; (name, number of values) of each that was given some."""
-        tensor, stored, rows = chunk
-        destinations = [(piece, self._destination(piece, rows)) for piece in tensor.pieces]
-        first, only = destinations[0][1], tensor.pieces[0]
-        as_it_lies = len(tensor.pieces) == 1 and not only.transpose and only.span is None and stored.encoding == "plain"
-        if as_it_lies and first.is_contiguous() and first.dtype == stored.dtype:
-            header = stored.parts[0]._replace(shape=tensor.view or tensor.shape)
-            shards.read_into(header if rows is None else rows_header(header, *rows), first)
-        else:
-            if stored.encoding == "plain":
-                stored = stored._replace(parts=(stored.parts[0]._replace(shape=tensor.view or tensor.shape),))
-            values = read_values(shards, stored, rows)
-            viewed = HubTensor(tensor.name, tuple(values.shape), tensor.pieces)
-            for piece, destination in destinations:
-                given = part(values, viewed, piece)
-                assert given.shape == destination.shape, f"{tensor.name} -> {piece}: {given.shape}, {destination.shape}"
-                destination.copy_(given)
-        return [(piece.ours, destination.numel()) for piece, destination in destinations]
 
-    def _destination(self, piece: Piece, rows: tuple[int, int] | None) -> Tensor:
-        target = self.targets[piece.ours]
-        if piece.row is not None:
-            target = target[piece.row]
-        return target if rows is None else target[slice(*rows)]
+def _place(chunk: Chunk, targets: Mapping[str, Tensor], shards: Shards) -> Placed:
+    """Read `chunk` into the parameters."""
+    tensor, stored, rows = chunk
+    destinations = [(piece, _destination(targets, piece, rows)) for piece in tensor.pieces]
+    first, only = destinations[0][1], tensor.pieces[0]
+    as_it_lies = len(tensor.pieces) == 1 and not only.transpose and only.span is None and stored.encoding == "plain"
+    if as_it_lies and first.is_contiguous() and first.dtype == stored.dtype:
+        header = stored.parts[0]._replace(shape=tensor.view or tensor.shape)
+        shards.read_into(header if rows is None else rows_header(header, *rows), first)
+    else:
+        if stored.encoding == "plain":
+            stored = stored._replace(parts=(stored.parts[0]._replace(shape=tensor.view or tensor.shape),))
+        values = read_values(shards, stored, rows)
+        viewed = HubTensor(tensor.name, tuple(values.shape), tensor.pieces)
+        for piece, destination in destinations:
+            given = part(values, viewed, piece)
+            assert given.shape == destination.shape, f"{tensor.name} -> {piece}: {given.shape}, {destination.shape}"
+            destination.copy_(given)
+    return [(piece.ours, destination.numel()) for piece, destination in destinations]
+
+
+def _destination(targets: Mapping[str, Tensor], piece: Piece, rows: tuple[int, int] | None) -> Tensor:
+    target = targets[piece.ours] if piece.row is None else targets[piece.ours][piece.row]
+    return target if rows is None else target[slice(*rows)]
 
 
 def _splits(tensor: HubTensor, stored: Stored) -> bool:
@@ -127,14 +146,24 @@ def _parameter_dtypes(
         sizes[own] += math.prod(source.shape)
         for piece in tensor.pieces:
             found[piece.ours] = torch.promote_types(found.get(piece.ours, own), own)
-    main = dtype or (sizes.most_common(1)[0][0] if sizes else torch.float32)
-    return {name: own if exact else _run_dtype(name, own, main, dtype) for name, own in found.items()}
+    return found if exact else run_dtypes(found, sizes, dtype)
 
 
-def _run_dtype(name: str, own: torch.dtype, main: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    if name.endswith("select_bias"):
-        return torch.float32
-    return own if asked is None and any(small in name for small in _SMALL) else main
+def run_dtypes(
+    found: Mapping[str, torch.dtype], sizes: Counter[torch.dtype], asked: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """What parameters stored as `found` become to be run: `asked`, else the dtype that most values have (`sizes`).
+
+    Where none is asked for, routers, norms and other small tensors keep theirs. Selection biases are float32.
+    """
+    main = asked or (sizes.most_common(1)[0][0] if sizes else torch.float32)
+
+    def choose(name: str, own: torch.dtype) -> torch.dtype:
+        if name.endswith("select_bias"):
+            return torch.float32
+        return own if asked is None and any(small in name for small in _SMALL) else main
+
+    return {name: choose(name, own) for name, own in found.items()}
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

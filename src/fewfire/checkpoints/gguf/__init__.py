@@ -1,0 +1,7 @@
+"""GGUF files in and out: metadata to a hub config and back, tensor names, block types; bytes as headers place them."""
+
+from __future__ import annotations
+
+from fewfire.checkpoints.gguf.read import GgufCheckpoint, open_gguf
+
+__all__ = ["GgufCheckpoint", "open_gguf"]
