@@ -135,6 +135,8 @@ def test_the_busiest_device_wakes_more_than_the_mean():
     assert mean < uniform_max_active(256, 8, 64, 32) <= 8
     assert uniform_max_active(256, 8, 64, 1) == pytest.approx(Routed(256, 8).unique(64))
     assert max_active_per_device([[0.5], [0.5]]) == pytest.approx(0.75)
+    wide = [uniform_max_active(experts, 2, 256, 8) / (experts / 8) for experts in (4096, 4104, 131_072)]
+    assert wide[0] == pytest.approx(wide[1], rel=0.1) and 0 < wide[2] < 0.01
 
 
 # ---------------------------------------------------------------------------------------------------- layouts

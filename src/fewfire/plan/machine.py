@@ -15,7 +15,7 @@ from fewfire.plan.speed import PrefillTime, StepTime, decode_step, prefill
 from fewfire.plan.stream import Streaming, stream, tiers_of
 from fewfire.plan.workload import Assumptions, Layout, Workload
 
-FULL_LOAD_BATCH = 256  # sequences: what serving engines run by default
+FULL_LOAD_BATCH = 256  # sequences a data-parallel group: what serving engines run by default
 USER_TOKENS_PER_S = 10.0  # full load stops where a user's stream falls below reading speed
 RANGE = (0.7, 1.15)  # of the efficiency and the mfu: what published points scatter by
 
@@ -97,6 +97,7 @@ class Machine:
             "batch": self.full_load.batch,
             "decode_tokens_per_s": self.full_load.tokens_per_s,
             "layout": self.full_layout.name,
+            "prefill_tokens_per_s": self.full_prefill.tokens_per_s if self.full_prefill else None,
             "bound": self.full_load.bound,
         }
 
@@ -133,7 +134,7 @@ def _fits(work: Workload, system: System, batch: int) -> bool:
 def _full_load(
     work: Workload, system: System, batch: int | None, assume: Assumptions
 ) -> tuple[Layout, StepTime] | None:
-    """The cheapest way to run: the largest batch of any layout within memory, 256, and a readable stream."""
+    """The cheapest way to run: the largest batch of any layout within memory, 256 a group, and a readable stream."""
     best: tuple[Layout, StepTime] | None = None
     for layout in layouts(work, system):
         verdict = fit(work, system, layout, batch or 1)
@@ -149,7 +150,7 @@ def _full_load(
 
 
 def _largest(work: Workload, system: System, layout: Layout, verdict: Fit, assume: Assumptions) -> StepTime:
-    limit = min(verdict.max_batch, FULL_LOAD_BATCH * max(1, system.nodes))
+    limit = min(verdict.max_batch, FULL_LOAD_BATCH * layout.data)
     step = decode_step(work, system, layout, 1, assume)
     low, high = 1, limit
     while low < high:

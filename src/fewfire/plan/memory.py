@@ -332,13 +332,20 @@ def activation_bytes(config: ModelConfig, num_tokens: int) -> int:
 
 
 def floor_bytes(
-    config: ModelConfig, formats: Formats, context: int, batch: int = 1, *, prefill_chunk: int = 128
+    config: ModelConfig,
+    formats: Formats,
+    context: int,
+    batch: int = 1,
+    *,
+    prefill_chunk: int = 128,
+    weights: WeightBytes | None = None,
 ) -> Floor:
     """Process + trunk + cache + activations + the fewest experts a layer can run with, two layers' worth in flight.
 
-    A dense model has no experts to leave on disk: its floor holds all weights.
+    A dense model has no experts to leave on disk: its floor holds all weights. `weights` are the checkpoint's own
+    bytes where they are known.
     """
-    weights = weight_bytes(config, formats)
+    weights = weights or weight_bytes(config, formats)
     most = max((moe.router.top_k for _, _, moe in config.moe_layers), default=0)
     return Floor(
         {

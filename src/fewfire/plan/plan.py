@@ -265,7 +265,7 @@ def plan(
         work=work,
         quant=quant.lower(),
         batch=size,
-        floor=floor_bytes(subject.config, formats, context, size),
+        floor=floor_bytes(subject.config, formats, context, size, weights=work.weights),
         machines=tuple(machines),
         api=api,
         assume=assume,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
+from math import comb, log, sqrt
 
 from fewfire.config import RoutingProfile, check
 from fewfire.plan.placement import Placement, PlacementGain, place
@@ -143,6 +143,9 @@ def uniform_max_active(num_experts: int, top_k: int, num_tokens: float, num_devi
     awake = unique_experts(num_experts, top_k, num_tokens) / num_experts
     if num_devices == 1:
         return held * awake
+    if held > 512:  # the tail of a wide binomial is a normal one's
+        spread = sqrt(held * awake * (1.0 - awake))
+        return min(float(held), held * awake + spread * sqrt(2.0 * log(num_devices)))
     below, total = 0.0, 0.0
     for value in range(held):
         below += comb(held, value) * awake**value * (1.0 - awake) ** (held - value)
