@@ -5,16 +5,20 @@ Every tensor is drawn anew from a seed made of the seed and its name, so that no
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from oracle.quantized import quantize
 
 VOCAB = 96
 PREFILL = 5  # tokens of the first call of a cached decode; the rest come one by one
@@ -37,6 +41,7 @@ class Spec:
     note: str = ""
     explicit_positions: bool = True
     rewrite: Callable[[Path], None] | None = None  # what is done to the saved folder before it is loaded
+    quantization: str | None = None  # a key of quantized.QUANTIZATION
 
 
 @dataclass
@@ -109,7 +114,7 @@ def make_model(spec: Spec, seed: int = 0) -> Any:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         vocab = {} if "text_config" in spec.values else {"vocab_size": VOCAB}
-        config = getattr(transformers, spec.config)(**vocab, **spec.values)
+        config = getattr(transformers, spec.config)(**vocab, **copy.deepcopy(spec.values))  # it writes into dicts
         config._attn_implementation = "eager"
         for nested in ("text_config", "vision_config"):
             if getattr(config, nested, None) is not None:
@@ -148,6 +153,10 @@ def run(name: str, spec: Spec, folder: Path) -> Oracle:
         model.save_pretrained(folder)
         if spec.rewrite is not None:
             spec.rewrite(folder)
+        if spec.quantization is not None:
+            with TemporaryDirectory() as plain:
+                quantize(folder, spec.quantization, Path(plain))
+                model = type(model).from_pretrained(plain, attn_implementation="eager").eval()
         ids = token_ids(spec.length, name)
         prefill = model(ids, use_cache=False).logits
         decode = cached(model, ids, spec)

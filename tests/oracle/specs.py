@@ -65,6 +65,24 @@ SWITCH = {
     "relative_attention_num_buckets": 8,
     "decoder_start_token_id": 0,
 }
+GPT_OSS: dict[str, Any] = {
+    **BASE,
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+    "swiglu_limit": 0.8,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 300.0,
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
 JAMBA = {
     **BASE,
     "num_hidden_layers": 4,
@@ -201,6 +219,9 @@ SPECS: dict[str, Spec] = {
         {**MLA, "q_lora_rank": None, "topk_method": "greedy", "n_group": None, "topk_group": None},
     ),
     "deepseek_v3": causal("DeepseekV3", {**MLA, "rope_parameters": MLA_YARN}),
+    "deepseek_v3-fp8": causal(
+        "DeepseekV3", {**MLA, "intermediate_size": 200, "moe_intermediate_size": 136}, quantization="fp8"
+    ),
     "deepseek_v3-plain": causal(
         "DeepseekV3",
         {
@@ -255,27 +276,8 @@ SPECS: dict[str, Spec] = {
             "pad_token_id": 0,
         },
     ),
-    "gpt_oss": causal(
-        "GptOss",
-        {
-            **BASE,
-            "head_dim": 16,
-            "intermediate_size": 32,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 4,
-            "swiglu_limit": 0.8,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 300.0,
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 64,
-            },
-        },
-    ),
+    "gpt_oss": causal("GptOss", GPT_OSS),
+    "gpt_oss-mxfp4": causal("GptOss", GPT_OSS, quantization="mxfp4"),
     "phimoe": causal(
         "Phimoe",
         {
