@@ -198,6 +198,19 @@ def test_a_gguf_is_planned_from_its_header(tmp_path):
     assert made.subject.explained == ()
 
 
+def test_a_pack_is_planned_from_its_own_bytes(tmp_path):
+    from safetensors.numpy import save_file
+
+    (tmp_path / "config.json").write_text(json.dumps(published.hub_config("olmoe-1b-7b")))
+    (tmp_path / "fewfire.json").write_text("{}")
+    (tmp_path / "experts.bin").write_bytes(b"\0" * 4096 * 64 * 16)
+    save_file({"embed.weight": np.zeros(1000, np.uint8), "norm.weight": np.zeros(24, np.float32)},
+              tmp_path / "trunk.safetensors")  # fmt: skip
+    made = plan(tmp_path)
+    assert (made.weights.experts, made.weights.trunk, made.weights.per_expert) == (4096 * 64 * 16, 1096, 4096)
+    assert made.floor.table["experts in flight"] == 2 * 8 * 4096 and made.counts.total == 6_919_161_856
+
+
 def test_what_a_checkpoint_holds_besides_is_named(tmp_path):
     from safetensors.numpy import save_file
 

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 
 from fewfire.config import ModelConfig
-from fewfire.headers import GgufHeader, TensorHeader, read_checkpoint
-from fewfire.plan.count import Counts
+from fewfire.headers import GgufHeader, TensorHeader, read_checkpoint, read_safetensors
+from fewfire.plan.count import Counts, count
 from fewfire.plan.memory import WeightBytes
 from fewfire.sizes import format_count
 
@@ -86,6 +86,27 @@ def sort_tensors(tensors: dict[str, TensorHeader], config: ModelConfig, source: 
     for name, tensor in tensors.items():
         sorter.add(name, tensor.dtype.lower(), prod(tensor.shape), tensor.num_bytes)
     return Stored(sorter.bytes_of, sorter.parameters_of, sorter.types, source)
+
+
+def is_pack(folder: Path) -> bool:
+    """Whether `folder` is fewfire's own runtime format."""
+    return (folder / "fewfire.json").is_file() and (folder / "trunk.safetensors").is_file()
+
+
+def read_stored_pack(folder: Path, config: ModelConfig) -> Stored:
+    """A pack's bytes: the trunk's by its header, the experts' by their file's size. Parameters are the config's."""
+    counts = count(config)
+    trunk = read_safetensors(folder / "trunk.safetensors")
+    experts = folder / "experts.bin"
+    size = experts.stat().st_size if experts.is_file() else 0
+    held = sum(tensor.num_bytes for tensor in trunk.values())
+    gathered = sum(tensor.num_bytes for name, tensor in trunk.items() if name.startswith("embed."))
+    bytes_of = {"experts": size, "trunk": held, "embedding": 0 if config.tied_head else gathered}
+    parameters_of = {"experts": counts.experts, "trunk": counts.trunk, "embedding": counts.embedding}
+    extra = dict.fromkeys(("mtp", "vision", "buffers"), 0)
+    return Stored(
+        bytes_of | extra, parameters_of | extra | {"scales": 0}, {"pack": held + size}, "the pack's own files"
+    )
 
 
 def read_stored_gguf(header: GgufHeader, config: ModelConfig) -> Stored:

@@ -14,7 +14,7 @@ from fewfire.families import published, read_config
 from fewfire.families.published import NotPublished
 from fewfire.headers import read_gguf
 from fewfire.plan.bare import ASSUMED, bare_model, is_bare_size
-from fewfire.plan.checkpoint import Stored, explain_gap, read_stored, read_stored_gguf
+from fewfire.plan.checkpoint import Stored, explain_gap, is_pack, read_stored, read_stored_gguf, read_stored_pack
 from fewfire.plan.count import Counts, count
 from fewfire.plan.gguf import config_of_gguf
 from fewfire.plan.hub import fetch_config, is_hub_id, read_json
@@ -107,6 +107,8 @@ def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
     config = read_config(read_json(folder / "config.json"), ignore=ignore)
     name = folder.resolve().name
     counts = count(config)
+    if is_pack(folder):
+        return Subject(name, config, counts, stored=read_stored_pack(folder, config))
     if not any(folder.glob("*.safetensors*")):
         return Subject(name, config, counts, explained=("no weights beside config.json: bytes are the formula's",))
     stored = read_stored(folder, config)
