@@ -227,8 +227,10 @@ def test_the_latent_cache_is_compact():
     model = build([latent(indexer=indexer())])
     cache = model.new_cache()
     model(torch.randint(0, VOCAB, (1, 7)), cache)
-    sizes = {name: state.append(torch.empty(1, 1, 0, width)).shape for (name, state), width in
-             zip(sorted(cache.layers[0].items()), (8, 10, 4))}
+    sizes = {
+        name: state.append(torch.empty(1, 1, 0, width)).shape
+        for (name, state), width in zip(sorted(cache.layers[0].items()), (8, 10, 4))
+    }
     assert sizes == {"indexer_keys": (1, 1, 7, 8), "latents": (1, 1, 7, 10), "rope_keys": (1, 1, 7, 4)}
 
 
@@ -254,8 +256,10 @@ def test_indexer_by_the_definition():
         queries = module.q_up(q_latent)[0, t].view(16, 8).double()
         weights = module.head_weights(x)[0, t].double() / 4
         scores = [
-            sum(float(weights[h]) * max(0.0, float(turned(queries[h], t) @ turned(keys[s], s)) * 8**-0.5)
-                for h in range(16))
+            sum(
+                float(weights[h]) * max(0.0, float(turned(queries[h], t) @ turned(keys[s], s)) * 8**-0.5)
+                for h in range(16)
+            )
             for s in range(t + 1)
         ]
         best = sorted(range(t + 1), key=lambda s: (-scores[s], s))[:3]

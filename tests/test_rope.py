@@ -104,9 +104,7 @@ def test_llama3_has_three_bands():
 
 
 def test_longrope_switches_with_length():
-    scaling = RopeScaling(
-        "longrope", 4.0, original_context=32, short_factor=(1.0, 2.0), long_factor=(3.0, 4.0)
-    )
+    scaling = RopeScaling("longrope", 4.0, original_context=32, short_factor=(1.0, 2.0), long_factor=(3.0, 4.0))
     rope = RopeConfig(1e4, 4, scaling=scaling)
     base = frequencies(RopeConfig(1e4, 4), 1)[0]
     short, factor = frequencies(rope, 32)

@@ -44,9 +44,7 @@ def test_scale_comes_after_renormalization():
 
 
 def test_renormalize_eps_is_in_the_denominator():
-    check_routing(
-        route(logs(0.1, 0.4, 0.2, 0.3), rule(renormalize=True, renormalize_eps=0.3)), [1, 3], [0.4, 0.3]
-    )
+    check_routing(route(logs(0.1, 0.4, 0.2, 0.3), rule(renormalize=True, renormalize_eps=0.3)), [1, 3], [0.4, 0.3])
 
 
 def test_softmax_selected_is_softmax_over_the_chosen():
@@ -104,9 +102,7 @@ def test_sigmoid_selected():
 
 def test_plain_sigmoid_chooses_by_score_plus_bias():
     config = rule(3, 2, "sigmoid", True, 1.0, True)
-    check_routing(
-        route(sigmoid_inverse(0.2, 0.6, 0.5), config, torch.tensor([0.5, 0.0, 0.0])), [0, 1], [0.25, 0.75]
-    )
+    check_routing(route(sigmoid_inverse(0.2, 0.6, 0.5), config, torch.tensor([0.5, 0.0, 0.0])), [0, 1], [0.25, 0.75])
 
 
 def test_sparsemixer():

@@ -154,9 +154,7 @@ SPECS: dict[str, Spec] = {
         {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
     ),
     "mixtral": causal("Mixtral", {**BASE, "intermediate_size": 24, "num_local_experts": 4, "head_dim": 16}),
-    "mixtral-window": causal(
-        "Mixtral", {**BASE, "intermediate_size": 24, "num_local_experts": 4, "sliding_window": 4}
-    ),
+    "mixtral-window": causal("Mixtral", {**BASE, "intermediate_size": 24, "num_local_experts": 4, "sliding_window": 4}),
     "qwen2_moe": causal(
         "Qwen2Moe",
         {

@@ -71,9 +71,7 @@ class Block(nn.Module):
             assert isinstance(layer.ffn, FeedForwardConfig)
             self.ffn = FeedForward(dim, layer.ffn)
 
-    def forward(
-        self, x_BTD: Tensor, context: Context, cache: LayerCache | None, observe: Observer | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, context: Context, cache: LayerCache | None, observe: Observer | None) -> Tensor:
         normed = self.attention_norm(x_BTD)
         added = self.attention(normed, context, cache)
         if self.attention_post_norm is not None:

@@ -228,9 +228,7 @@ class Mamba(nn.Module):
         """(B, T, D) -> (B, T, D); moves the convolution's and the recurrent state in `cache`."""
         config, real_BT = self.config, context.real_BT
         u_BTC, gate_BTC = self.get_submodule("in")(x_BTD).chunk(2, dim=-1)
-        u_BTC, past = short_convolution(
-            u_BTC, self.conv.weight[:, 0], self.conv.bias, state_of(cache, "conv"), real_BT
-        )
+        u_BTC, past = short_convolution(u_BTC, self.conv.weight[:, 0], self.conv.bias, state_of(cache, "conv"), real_BT)
         u_BTC = ACTIVATIONS[config.activation](u_BTC)
         dt, b, c = self.x(u_BTC).split((config.dt_rank, config.state_dim, config.state_dim), dim=-1)
         step_BTC = F.softplus(self.dt(self.dt_norm(dt)).float())
