@@ -91,7 +91,7 @@ def decode(encoded: Encoded, name: str, shape: tuple[int, ...]) -> Tensor:
         )
     matrix = (shape[-2] if len(shape) > 1 else 1, shape[-1])
     if name in _PLAIN:
-        values = encoded.codes.clone().view(_PLAIN[name]).float().reshape(matrix)
+        values = encoded.codes.clone().view(_PLAIN[name]).float()
     elif name in _TILED:
         values = _TILED[name][1](encoded, matrix)
     else:

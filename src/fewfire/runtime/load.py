@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from fewfire.checkpoints.hub import HubCheckpoint, open_hub
+from fewfire.checkpoints.pack import is_pack
 from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.recurrent import Recurrent
+from fewfire.runtime.packed import load_packed_module
 
 
 def load_module(
@@ -21,6 +23,8 @@ def load_module(
 
     Raises: ConfigError for a config that is not understood, FormatError for files that do not fit it.
     """
+    if is_pack(folder):
+        return load_packed_module(folder, dtype=dtype)
     return fill_module(open_hub(folder, ignore=ignore), dtype=dtype, exact=exact)
 
 

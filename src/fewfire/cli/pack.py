@@ -1,0 +1,77 @@
+"""`fewfire pack MODEL OUT`: a checkpoint quantized and laid out for running. Parses, calls, prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fewfire.quantize import Packed
+
+PART = "Format of this part instead of --quant's."
+
+
+def pack(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, the folder of a training run, or demo.")],
+    out: Annotated[str, typer.Argument(help="The folder to write; it must not hold anything yet.")],
+    quant: Annotated[
+        str, typer.Option(help="q4: experts q4, the rest q8. mxfp4: experts mxfp4, the rest bf16.")
+    ] = "q4",
+    experts: Annotated[str | None, typer.Option(help=PART)] = None,
+    trunk: Annotated[str | None, typer.Option(help=PART)] = None,
+    down: Annotated[str | None, typer.Option(help="Format of the experts' last matrix.")] = None,
+    head: Annotated[str | None, typer.Option(help=PART)] = None,
+    layers: Annotated[int | None, typer.Option(help="Only the first N layers.")] = None,
+    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json to leave aside.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Quantize a checkpoint into a pack, tensor by tensor. Nothing is left in OUT unless all of it was written."""
+    from fewfire import api
+    from fewfire.cli.output import console
+    from fewfire.cli.writing import Writing
+    from fewfire.quantize import pack as run
+
+    with Writing(f"pack {out}") as report:
+        packed = run(
+            api.locate(model),
+            out,
+            quant=quant,
+            experts=experts,
+            trunk=trunk,
+            down=down,
+            head=head,
+            layers=layers,
+            ignore=tuple(ignore_key or ()),
+            report=report,
+        )
+    if not as_json and packed.losses:
+        console(stderr=True).print(_loss_table(packed))
+    show(packed, as_json)
+
+
+def _loss_table(packed: Packed) -> Any:
+    from fewfire.cli.output import table
+
+    shown = table("part", "weights", "format", "values", "error", title="what quantizing changed, of each part's norm")
+    for (place, part, name), loss in packed.losses.items():
+        shown.add_row(place, part, name, f"{loss.values:,}", f"{100 * loss.relative:.2f} %")
+    return shown
+
+
+def show(packed: Packed, as_json: bool) -> None:
+    """What was written: one line on stderr, or the JSON object."""
+    from fewfire.cli.output import note, print_json
+    from fewfire.sizes import format_bytes
+
+    names = {"experts": packed.formats.experts, "down": packed.formats.down, "trunk": packed.formats.trunk}
+    names |= {"head": packed.formats.head, "router": packed.formats.router}
+    if as_json:
+        losses = [
+            {"part": place, "weights": part, "format": name, "values": loss.values, "relative_error": loss.relative}
+            for (place, part, name), loss in packed.losses.items()
+        ]
+        print_json({"path": str(packed.path), "bytes": packed.num_bytes, "formats": names, "losses": losses})
+        return
+    spelled = ", ".join(f"{part} {name}" for part, name in names.items())
+    note(f"wrote {packed.path}: {format_bytes(packed.num_bytes)} ({spelled})")
