@@ -158,9 +158,11 @@ def _demand(tokens: str | None, output_share: float, burstiness: float, ops: flo
 
 
 def _traffic(requests: int | None, prompt: int | None, answer: int) -> Any:
+    if requests is None:
+        return None
     from fewfire.plan.simulate import Traffic
 
-    return None if requests is None else Traffic(requests, prompt_tokens=prompt or 2000, answer_tokens=answer)
+    return Traffic(requests, prompt_tokens=prompt or 2000, answer_tokens=answer)
 
 
 def _api_price(model: str, installed: bool) -> Any:

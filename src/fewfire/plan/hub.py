@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from fewfire.errors import ConfigError, FormatError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def is_hub_id(text: str) -> bool:
-    """True of 'owner/name'."""
-    return _HUB_ID.fullmatch(text) is not None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,28 +12,27 @@ from typing import TYPE_CHECKING, Any
 from fewfire.config import ModelConfig, RoutingProfile, check
 from fewfire.plan import document
 from fewfire.plan.api_prices import ApiPrice, load_api_prices
-from fewfire.plan.calibrate import Point, calibrate, compare, parse_measured
 from fewfire.plan.cost import Costs, Demand, choose_host, self_host
 from fewfire.plan.count import Counts, Flops
-from fewfire.plan.explain import Explanation, explain
 from fewfire.plan.fit import layouts
 from fewfire.plan.hardware import Catalogue, Part, System, load_catalogue, parse_hardware
-from fewfire.plan.here import load_profile
 from fewfire.plan.machine import Machine, plan_machine, rank
 from fewfire.plan.memory import CacheBytes, Floor, Formats, WeightBytes, choose_formats, floor_bytes
 from fewfire.plan.placement import PlacementGain
-from fewfire.plan.profile import read_profile
-from fewfire.plan.simulate import Day, Traffic, simulate_day
 from fewfire.plan.speed import bytes_per_step
 from fewfire.plan.stream import Streaming, stream, tiers_of
 from fewfire.plan.subject import Subject, resolve
-from fewfire.plan.training import Training, plan_training
 from fewfire.plan.unique import placement_gain
 from fewfire.plan.workload import Assumptions, Workload
 from fewfire.sizes import format_count, parse_bytes
 
+# Modules that only some questions need are imported where they are asked: `fewfire plan NAME` answers in under 0.5 s.
 if TYPE_CHECKING:
+    from fewfire.plan.calibrate import Point
+    from fewfire.plan.explain import Explanation
     from fewfire.plan.handover import HandOver
+    from fewfire.plan.simulate import Day, Traffic
+    from fewfire.plan.training import Training
 
 DEFAULT_CONTEXT = 4096
 LAPTOPS = ("laptop-16", "laptop-32", "laptop-64")
@@ -118,11 +117,13 @@ class Plan:
 
     def explain(self, name: str | None = None) -> list[Explanation]:
         """Formula, numbers and source of every figure, or of those called `name`."""
+        from fewfire.plan.explain import explain
+
         return explain(self, name)
 
     def hand_over(self) -> HandOver | None:
         """Launch commands for the first machine that fits; None if none does."""
-        from fewfire.plan.handover import hand_over  # only --launch needs it
+        from fewfire.plan.handover import hand_over
 
         machine = next((each for each in self.machines if each.fits and each.system.part.kind == "gpu"), None)
         if machine is None or machine.full_layout is None or machine.full_load is None:
@@ -144,7 +145,7 @@ class Plan:
 
     def to_html(self) -> str:
         """The report to hand over: one self-contained page with charts."""
-        from fewfire.plan.report import to_html  # 400 lines that only --html needs
+        from fewfire.plan.report import to_html
 
         return to_html(self)
 
@@ -174,6 +175,8 @@ def _systems(
 
 def _system(name: str, catalogue: Catalogue) -> System:
     if name.strip().lower() == "here":
+        from fewfire.plan.here import load_profile
+
         return System(load_profile().part(), 1, asked=True)
     return parse_hardware(name, catalogue)
 
@@ -239,6 +242,8 @@ def plan(
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
     profile = routing if isinstance(routing, RoutingProfile) or routing is None else None
     if routing is not None and profile is None:
+        from fewfire.plan.profile import read_profile
+
         assert isinstance(routing, str | Path)
         profile = read_profile(routing, model=subject.name, domain=domain)
     work = Workload.of(subject.config, formats, context, profile, stored=subject.stored)
@@ -291,6 +296,8 @@ def _calibrate(
 ) -> tuple[Assumptions, tuple[Point, ...]]:
     if measured is None:
         return assume, ()
+    from fewfire.plan.calibrate import calibrate, compare, parse_measured
+
     points = parse_measured(measured) if isinstance(measured, str) else measured
     layout = layouts(work, system)[0]
     found = tuple(compare(work, system, layout, points, assume))
@@ -345,13 +352,19 @@ def _costs(
 
 
 def _training(work: Workload, subject: Subject, num_tokens: float | None, system: System) -> Training | None:
-    return None if num_tokens is None else plan_training(work, subject.counts, num_tokens, system)
+    if num_tokens is None:
+        return None
+    from fewfire.plan.training import plan_training
+
+    return plan_training(work, subject.counts, num_tokens, system)
 
 
 def _day(work: Workload, machines: list[Machine], traffic: Traffic | None, assume: Assumptions) -> Day | None:
     """A day on the first machine that holds the model, with as many copies of its smallest fit as there is room for."""
     if traffic is None:
         return None
+    from fewfire.plan.simulate import simulate_day
+
     machine = next((each for each in machines if each.fits), None)
     check(machine is not None, "no machine of the list holds the model, so no day can be simulated; give --hardware")
     assert machine is not None

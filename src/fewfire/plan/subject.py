@@ -5,19 +5,22 @@ The only file of the planner that knows where models come from.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError
 from fewfire.families import published, read_config
 from fewfire.families.published import NotPublished
-from fewfire.headers import read_gguf
 from fewfire.plan.bare import ASSUMED, bare_model, is_bare_size
-from fewfire.plan.checkpoint import Stored, explain_gap, is_pack, read_stored, read_stored_gguf, read_stored_pack
 from fewfire.plan.count import Counts, count
-from fewfire.plan.gguf import config_of_gguf
-from fewfire.plan.hub import fetch_config, is_hub_id, read_json
+
+if TYPE_CHECKING:
+    from fewfire.plan.checkpoint import Stored
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def resolve(model: str | Path | ModelConfig, *, ignore: tuple[str, ...] = ()) ->
         return _from_gguf(path)
     if path.is_dir() or path.name == "config.json":
         return _from_folder(path, ignore)
-    if is_hub_id(text) and not path.exists():
+    if _HUB_ID.fullmatch(text) and not path.exists():
         return _from_hub(text, ignore)
     return published_subject(text)
 
@@ -100,6 +103,9 @@ def published_subject(name: str) -> Subject:
 
 
 def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
+    from fewfire.plan.checkpoint import explain_gap, is_pack, read_stored, read_stored_pack
+    from fewfire.plan.hub import read_json
+
     if folder.name == "config.json":
         folder = folder.parent
     if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
@@ -116,6 +122,10 @@ def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
 
 
 def _from_gguf(path: Path) -> Subject:
+    from fewfire.headers import read_gguf
+    from fewfire.plan.checkpoint import explain_gap, read_stored_gguf
+    from fewfire.plan.gguf import config_of_gguf
+
     header = read_gguf(path)
     config = config_of_gguf(header)
     counts = count(config)
@@ -128,6 +138,8 @@ def _from_hub(hub_id: str, ignore: tuple[str, ...]) -> Subject:
         entry = published.find(name)
         if not isinstance(entry, NotPublished) and (entry.hub_id or "").lower() == hub_id.lower():
             return published_subject(name)
+    from fewfire.plan.hub import fetch_config
+
     hub, disk_bytes = fetch_config(hub_id)
     config = read_config(hub, ignore=ignore)
     said = () if disk_bytes is None else (f"the hub's index says {disk_bytes / 1e9:,.1f} GB on disk",)

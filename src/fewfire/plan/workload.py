@@ -6,9 +6,9 @@ Owns `Workload`, `Layout` and `Assumptions`, the three things that speed, fit, l
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, ModelConfig, MoEConfig, RoutingProfile
-from fewfire.plan.checkpoint import Stored, stored_weights
 from fewfire.plan.count import Flops, decode_flops
 from fewfire.plan.memory import (
     CacheBytes,
@@ -21,6 +21,9 @@ from fewfire.plan.memory import (
     weight_bytes,
 )
 from fewfire.plan.unique import Routed
+
+if TYPE_CHECKING:
+    from fewfire.plan.checkpoint import Stored
 
 _REPEATED = ("attention", "indexer", "linear_attention", "cross_attention", "norm", "router", "select_bias")
 
@@ -116,6 +119,8 @@ class Workload:
         )
         weights, trunk_bytes = weight_bytes(config, formats), decode_trunk_bytes(config, formats)
         if stored is not None and formats.native:
+            from fewfire.plan.checkpoint import stored_weights  # only files have bytes of their own
+
             formula, weights = weights, stored_weights(stored, config, weights)
             trunk_bytes = round(trunk_bytes * weights.trunk / formula.trunk)
         return Workload(
