@@ -7,7 +7,7 @@ import pytest
 import tiny_hub
 
 from fewfire.config import ModelConfig, RoutingProfile
-from fewfire.errors import ConfigError, FormatError
+from fewfire.errors import ConfigError, FewfireError, FormatError
 from fewfire.families import published
 from fewfire.plan import plan
 from fewfire.plan.fit import fit, layouts
@@ -164,38 +164,65 @@ def test_a_folder_is_planned_from_its_headers(family, tmp_path):
     assert document["memory"]["stored_types"] == {"bf16": 2 * numbers}
 
 
-def test_a_gguf_is_planned_from_its_header(tmp_path):
+SHAPES = {
+    "token_embd": (96, 64), "output": (96, 64), "output_norm": (64,), "blk.0.attn_norm": (64,),
+    "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
+    "blk.0.attn_q_norm": (16,), "blk.0.attn_k_norm": (16,), "blk.0.ffn_norm": (64,),
+    "blk.0.ffn_gate_inp": (4, 64), "blk.0.ffn_gate_exps": (4, 32, 64), "blk.0.ffn_up_exps": (4, 32, 64),
+    "blk.0.ffn_down_exps": (4, 64, 32),
+}  # fmt: skip
+METADATA = {
+    "block_count": 1, "attention.head_count": 4, "attention.head_count_kv": 2, "expert_count": 4,
+    "attention.key_length": 16, "expert_used_count": 2, "context_length": 512,
+}  # fmt: skip
+
+
+def write_gguf(path, metadata=METADATA, shapes=SHAPES):
     gguf = pytest.importorskip("gguf")
-    path = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "qwen3moe")
-    for key, value in {"block_count": 1, "attention.head_count": 4, "attention.head_count_kv": 2, "expert_count": 4,
-                       "attention.key_length": 16, "expert_used_count": 2, "context_length": 512}.items():  # fmt: skip
-        writer.add_uint32(f"qwen3moe.{key}", value)
-    shapes = {
-        "token_embd": (96, 64), "output": (96, 64), "output_norm": (64,), "blk.0.attn_norm": (64,),
-        "blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
-        "blk.0.attn_q_norm": (16,), "blk.0.attn_k_norm": (16,), "blk.0.ffn_norm": (64,),
-        "blk.0.ffn_gate_inp": (4, 64), "blk.0.ffn_gate_exps": (4, 32, 64), "blk.0.ffn_up_exps": (4, 32, 64),
-        "blk.0.ffn_down_exps": (4, 64, 32),
-    }  # fmt: skip
+    for key, value in metadata.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        (writer.add_array if isinstance(value, list) else add)(f"qwen3moe.{key}", value)
     for name, shape in shapes.items():
-        kind = gguf.GGMLQuantizationType.Q4_0 if "exps" in name else None
-        if kind is not None:
+        if "exps" in name:
             values = np.zeros((*shape[:-1], shape[-1] // 32 * 18), np.uint8)
-            writer.add_tensor(f"{name}.weight", values, raw_dtype=kind)
+            writer.add_tensor(f"{name}.weight", values, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
         else:
             writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    made = plan(path)
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    return path
+
+
+def test_a_gguf_is_planned_from_its_header(tmp_path):
+    made = plan(write_gguf(tmp_path / "tiny.gguf"))
+    total = sum(int(np.prod(shape)) for shape in SHAPES.values())
     experts = 3 * 4 * 32 * 64
     assert (made.counts.total, made.counts.experts) == (total, experts)
     assert made.weights.total == experts // 32 * 18 + 4 * (total - experts)
     assert made.cache.per_token == 2 * 2 * 16 * 2
     assert made.subject.explained == ()
+
+
+@pytest.mark.parametrize("key", METADATA)
+@pytest.mark.parametrize("value", [0, 3, 2**32 - 1, "four", [], [0], ["x"]])
+def test_a_hostile_gguf_is_one_line(tmp_path, key, value):
+    path = write_gguf(tmp_path / "bad.gguf", {**METADATA, key: value})
+    try:
+        plan(path)
+    except FewfireError as error:
+        assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_gguf_without_a_tensor_is_explained_or_refused(tmp_path, name):
+    path = write_gguf(tmp_path / "bad.gguf", shapes={key: shape for key, shape in SHAPES.items() if key != name})
+    try:
+        assert plan(path).counts.total > 0
+    except FewfireError as error:
+        assert "\n" not in str(error)
 
 
 def test_a_pack_is_planned_from_its_own_bytes(tmp_path):

@@ -1,7 +1,7 @@
 """A GGUF file's shape as a ModelConfig that is good for planning: counts, cache, bytes. Not for running.
 
-Reads llama.cpp's metadata keys and the shapes of the tensors; router arithmetic, which no count depends on, is a
-placeholder.
+Reads llama.cpp's metadata keys and the shapes of the tensors; what no count depends on (router
+arithmetic, scales, rope bases) is a placeholder.
 """
 
 from __future__ import annotations
@@ -33,20 +33,24 @@ class _Shape:
         self.header, self.arch = header, header.architecture
 
     def get(self, key: str, default: int | None = None) -> int:
-        value = self.header.metadata.get(f"{self.arch}.{key}", default)
-        if isinstance(value, list):
-            value = max(value, default=0)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise FormatError(
-                f"is {value!r}, expected a whole number", path=str(self.header.path), record=f"{self.arch}.{key}"
-            )
-        return value
+        """A whole number; of a list (one value a layer) the largest."""
+        return self._whole(key, self.header.metadata.get(f"{self.arch}.{key}", default))
 
     def at_layer(self, key: str, layer: int, default: int | None = None) -> int:
-        value: Any = self.header.metadata.get(f"{self.arch}.{key}")
+        """A whole number of one layer, where the file lists one for each."""
+        value: Any = self.header.metadata.get(f"{self.arch}.{key}", default)
         if isinstance(value, list):
-            return int(value[layer]) if layer < len(value) else 0
-        return self.get(key, default)
+            value = value[layer] if layer < len(value) else 0
+        return self._whole(key, value)
+
+    def _whole(self, key: str, value: Any) -> int:
+        if isinstance(value, list) and all(type(each) is int for each in value):
+            value = max(value, default=0)
+        if type(value) is not int or not 0 <= value < 2**40:
+            record = f"{self.arch}.{key}"
+            message = f"is {str(value)[:60]!r}, expected a whole number"
+            raise FormatError(message, path=str(self.header.path), record=record)
+        return value
 
     def shape(self, layer: int, name: str) -> tuple[int, ...] | None:
         tensor = self.header.tensors.get(f"blk.{layer}.{name}")
@@ -107,7 +111,7 @@ def _attention(shape: _Shape, index: int, model_dim: int) -> AttentionConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        scale=head_dim**-0.5,
+        scale=1.0,
         rope=RopeConfig(10_000.0, head_dim - head_dim % 2),
         window=window or None,
         chunk=chunk or None,
@@ -130,7 +134,7 @@ def _latent(shape: _Shape, index: int) -> LatentAttentionConfig:
         nope_dim=key_dim - rope_dim,
         rope_dim=rope_dim,
         value_dim=shape.get("attention.value_length_mla", shape.get("attention.value_length", 128)),
-        scale=key_dim**-0.5,
+        scale=1.0,
         rope=RopeConfig(10_000.0, rope_dim),
     )
 
