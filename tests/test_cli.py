@@ -71,6 +71,12 @@ def test_bare_command_shows_help_and_version_prints_one_line():
         (["plan", "30b", "--placement", "p.json"], "--routing"),
         (["plan", "30b", "--html", "/nonexistent/x.html"], "cannot be written"),
         (["plan", "30b", "--measured", "fast"], "--measured"),
+        (["plan", "30b", "--memory", "0"], "above 0"),
+        (["plan", "30b", "--prompt", "-5"], "prompt (-5)"),
+        (["plan", "30b", "--domain", "x"], "--routing"),
+        (["plan", "30b", "--answer", "5"], "--simulate"),
+        (["plan", "30b", "--years", "5"], "--buy-usd"),
+        (["plan", ""], "model is empty"),
         (["plan", "/nonexistent/config.json"], "cannot be read"),
     ],
 )

@@ -40,16 +40,16 @@ def plan(
     ops_usd_per_month: Annotated[float, typer.Option(help="People and extras of self-hosting.")] = 0.0,
     price: Annotated[float | None, typer.Option(help="Dollars a device-hour, instead of the catalogue's.")] = None,
     buy_usd: Annotated[float | None, typer.Option(help="Bought instead of rented: price of one device.")] = None,
-    years: Annotated[float, typer.Option(help="Years over which it is written off.")] = 3.0,
-    power_kw: Annotated[float, typer.Option(help="Power of one device, all in.")] = 0.0,
-    usd_per_kwh: Annotated[float, typer.Option(help="Price of power.")] = 0.15,
+    years: Annotated[float | None, typer.Option(help="Years over which it is written off (default 3).")] = None,
+    power_kw: Annotated[float | None, typer.Option(help="Power of one bought device, all in.")] = None,
+    usd_per_kwh: Annotated[float | None, typer.Option(help="Price of power (default 0.15).")] = None,
     currency: Annotated[str | None, typer.Option(help="Show money in another currency, as KES=129.")] = None,
     api_prices: Annotated[
         bool, typer.Option("--api-prices", help="Read prices from the installed genai-prices package.")
     ] = False,
     train_tokens: Annotated[str | None, typer.Option(help="Cost of training on so many tokens, as 1t.")] = None,
     simulate: Annotated[int | None, typer.Option(help="Simulate a day of so many requests.")] = None,
-    answer: Annotated[int, typer.Option(help="Answer tokens of a simulated request.")] = 300,
+    answer: Annotated[int | None, typer.Option(help="Answer tokens of a simulated request (default 300).")] = None,
     explain: Annotated[
         str | None, typer.Option(help="Formula, numbers and source of one figure, or of all of them (all).")
     ] = None,
@@ -126,15 +126,20 @@ def _print_json(made: Plan, explain: str | None, launch: bool) -> None:
 
 
 def _device_price(
-    price: float | None, buy_usd: float | None, years: float, power_kw: float, usd_per_kwh: float
+    price: float | None, buy_usd: float | None, years: float | None, power_kw: float | None, usd_per_kwh: float | None
 ) -> float | None:
     from fewfire.config import check
     from fewfire.plan.hardware import owned_usd_per_hour
 
     if buy_usd is None:
+        given = years is not None or power_kw is not None or usd_per_kwh is not None
+        check(not given, "--years, --power-kw and --usd-per-kwh are of bought hardware; give --buy-usd too")
         check(price is None or price > 0, f"--price ({price}) must be above 0 dollars a device-hour")
         return price
     check(price is None, "give either --price (rented) or --buy-usd (bought), not both")
+    years = 3.0 if years is None else years
+    power_kw = power_kw or 0.0
+    usd_per_kwh = 0.15 if usd_per_kwh is None else usd_per_kwh
     check(buy_usd > 0 and years > 0, f"--buy-usd ({buy_usd}) and --years ({years}) must be above 0")
     check(power_kw >= 0 and usd_per_kwh >= 0, "--power-kw and --usd-per-kwh must be 0 or more")
     return owned_usd_per_hour(buy_usd, years, power_kw, usd_per_kwh)
@@ -157,12 +162,15 @@ def _demand(tokens: str | None, output_share: float, burstiness: float, ops: flo
     return Demand(_count(tokens, "--tokens-per-month"), output_share, burstiness, ops)
 
 
-def _traffic(requests: int | None, prompt: int | None, answer: int) -> Any:
+def _traffic(requests: int | None, prompt: int | None, answer: int | None) -> Any:
+    from fewfire.config import check
+
     if requests is None:
+        check(answer is None, "--answer is of a simulated request; give --simulate too")
         return None
     from fewfire.plan.simulate import Traffic
 
-    return Traffic(requests, prompt_tokens=prompt or 2000, answer_tokens=answer)
+    return Traffic(requests, prompt_tokens=prompt or 2000, answer_tokens=300 if answer is None else answer)
 
 
 def _api_price(model: str, installed: bool) -> Any:

@@ -182,7 +182,7 @@ def _system(name: str, catalogue: Catalogue) -> System:
 
 
 def _price(part: Part, price: float | None) -> float | None:
-    check(price is None or 0 < price < 1e6, f"price ({price}) must be above 0 dollars a device-hour")
+    check(price is None or 0 < price < 1e6, f"price ({price}) must be above 0 and below a million a device-hour")
     return price if price is not None else part.usd_per_hour
 
 
@@ -238,6 +238,8 @@ def plan(
     subject = resolve(model, ignore=tuple(ignore_keys))
     context = _check_context(subject, context)
     check(batch is None or 1 <= batch <= 10**7, f"batch ({batch}) must be between 1 and 10000000 sequences")
+    check(prompt_tokens is None or 1 <= prompt_tokens <= 10**8, f"prompt ({prompt_tokens}) must be 1 to 10^8 tokens")
+    check(domain is None or routing is not None, f"domain ({domain}) is one of a routing file; give --routing too")
     demand, size = demand or Demand(), batch or 1
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
     profile = routing if isinstance(routing, RoutingProfile) or routing is None else None
@@ -265,6 +267,7 @@ def plan(
     ]
     api = api_price or load_api_prices().models.get(subject.name)
     budget = None if memory is None else parse_bytes(memory, name="--memory")
+    check(budget is None or budget > 0, f"--memory ({memory}) must be above 0; write it as 8GiB")
     made = Plan(
         subject=subject,
         work=work,

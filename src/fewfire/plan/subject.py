@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fewfire.config import ModelConfig
+from fewfire.config import ModelConfig, check
 from fewfire.errors import ConfigError
 from fewfire.families import published, read_config
 from fewfire.families.published import NotPublished
@@ -66,6 +66,7 @@ def resolve(model: str | Path | ModelConfig, *, ignore: tuple[str, ...] = ()) ->
     if isinstance(model, ModelConfig):
         return Subject(model.family, model, count(model))
     text = str(model)
+    check(bool(text.strip()), "model is empty; name one, `fewfire models` lists them")
     closed = not_published(text)
     if closed is not None:
         raise ConfigError(f"{closed.title} is not published ({closed.status}): {closed.words}")
