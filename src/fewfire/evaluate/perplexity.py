@@ -82,10 +82,11 @@ def _batches(windows: Iterable[Window]) -> Iterator[Sequence[Window]]:
     batch: list[Window] = []
     longest = 0
     for window in windows:
-        if batch and max(longest, len(window.ids)) * (len(batch) + 1) > BATCH_TOKENS:
+        inputs = len(window.ids) - 1
+        if batch and max(longest, inputs) * (len(batch) + 1) > BATCH_TOKENS:
             yield batch
             batch, longest = [], 0
         batch.append(window)
-        longest = max(longest, len(window.ids))
+        longest = max(longest, inputs)
     if batch:
         yield batch
