@@ -178,6 +178,11 @@ class Costs:
             return self._threshold()
         return self._choice(self.demand.tokens_per_month)
 
+    @staticmethod
+    def _systems(host: SelfHost, tokens: float) -> str:
+        label, systems = host.machine.system.label, host.systems(tokens)
+        return label if systems == 1 else f"{systems} systems of {label}"
+
     def _threshold(self) -> str:
         if self.host is None:
             return "No machine of the list holds it at a known price: the API is what is left."
@@ -213,9 +218,7 @@ class Costs:
             words = f"{volume} {best} is the only route with a price: {self.money(bills[best])} a month."
         if self.host is not None:
             used = tokens / (self.host.systems(tokens) * self.host.capacity)
-            words += (
-                f" {self.host.systems(tokens)} x {self.host.machine.system.label} would be {used * 100:.0f} % used."
-            )
+            words += f" {self._systems(self.host, tokens)} would be {used * 100:.0f} % used."
         if self.break_even is not None:
             words += f" Self-hosting pays from {_billions(self.break_even)} tokens a month."
         if self.dense is not None:

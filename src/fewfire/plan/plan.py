@@ -239,15 +239,9 @@ def plan(
     context = _check_context(subject, context)
     check(batch is None or 1 <= batch <= 10**7, f"batch ({batch}) must be between 1 and 10000000 sequences")
     check(prompt_tokens is None or 1 <= prompt_tokens <= 10**8, f"prompt ({prompt_tokens}) must be 1 to 10^8 tokens")
-    check(domain is None or routing is not None, f"domain ({domain}) is one of a routing file; give --routing too")
     demand, size = demand or Demand(), batch or 1
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
-    profile = routing if isinstance(routing, RoutingProfile) or routing is None else None
-    if routing is not None and profile is None:
-        from fewfire.plan.profile import read_profile
-
-        assert isinstance(routing, str | Path)
-        profile = read_profile(routing, model=subject.name, domain=domain)
+    profile = _profile(routing, subject, domain)
     work = Workload.of(subject.config, formats, context, profile, stored=subject.stored)
     catalogue = load_catalogue()
     systems, ranked = _systems(hardware, catalogue, work, size)
@@ -268,7 +262,7 @@ def plan(
     api = api_price or load_api_prices().models.get(subject.name)
     budget = None if memory is None else parse_bytes(memory, name="--memory")
     check(budget is None or budget > 0, f"--memory ({memory}) must be above 0; write it as 8GiB")
-    made = Plan(
+    return Plan(
         subject=subject,
         work=work,
         quant=quant.lower(),
@@ -291,7 +285,17 @@ def plan(
         currency=currency,
         uniform=None if profile is None else Workload.of(subject.config, formats, context, stored=subject.stored),
     )
-    return made
+
+
+def _profile(
+    routing: RoutingProfile | str | Path | None, subject: Subject, domain: str | None
+) -> RoutingProfile | None:
+    check(domain is None or routing is not None, f"domain ({domain}) is one of a routing file; give --routing too")
+    if routing is None or isinstance(routing, RoutingProfile):
+        return routing
+    from fewfire.plan.profile import read_profile
+
+    return read_profile(routing, model=subject.name, domain=domain)
 
 
 def _calibrate(
