@@ -110,8 +110,9 @@ class TrainProgress:
 
         assert self._step is not None
         report = self._step
+        title = f"{self.title}   " if self.title else ""
         head = Text(
-            f"{self.title + '   ' if self.title else ''}step {report.step}/{report.total_steps}   loss {report.loss:.3f}   "
+            f"{title}step {report.step}/{report.total_steps}   loss {report.loss:.3f}   "
             f"{report.tokens_per_s:,.0f} tok/s   {duration(report.seconds_left)} left"
         )
         if self._evaluation is not None:
@@ -141,17 +142,18 @@ class EvalProgress:
         self._terminal = sys.stderr.isatty()
         self._every_s = 0.2 if self._terminal else 10.0
         self._told = time.perf_counter()
-        self._first: tuple[float, int] | None = None  # when, and how many tokens there were: speed counts from there
+        self._begin = self._told
         self._open = False
 
     def report(self, tokens: int, nats: float) -> None:
         now = time.perf_counter()
-        begin, before = self._first = self._first or (now, tokens)
-        if self.quiet or now - self._told < self._every_s or now == begin:
+        if tokens == 0:
+            self._begin = now  # what was done before the evaluation is none of its speed
+        if self.quiet or tokens == 0 or now - self._told < self._every_s:
             return
         self._told, mean = now, nats / max(1, tokens)
         perplexity = math.exp(mean) if mean < 700 else math.inf
-        line = f"{tokens:,} tokens, perplexity {perplexity:.3f}, {(tokens - before) / (now - begin):,.0f} tokens/s"
+        line = f"{tokens:,} tokens, perplexity {perplexity:.3f}, {tokens / (now - self._begin):,.0f} tokens/s"
         sys.stderr.write(f"\r{line}\x1b[K" if self._terminal else f"{line}\n")
         sys.stderr.flush()
         self._open = self._terminal

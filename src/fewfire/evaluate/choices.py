@@ -40,6 +40,8 @@ def answer_questions(
     Ties go to the earlier choice. Raises: ConfigError for a choice that exceeds the context, or no question asked.
     """
     chosen = Chosen()
+    if progress is not None:
+        progress(0, 0.0)
     config = model.config
     assert isinstance(config, ModelConfig)
     for question in questions:

@@ -100,6 +100,8 @@ def evaluate_documents(
     config = model.config
     assert isinstance(config, ModelConfig)
     reader, tally = _Reader(known, config.vocab_size, windowing, cut), Tally()
+    if progress is not None:
+        progress(0, 0.0)
     for window, nats in score_windows(model, reader.windows(documents)):
         tally.add(nats, window.num_bytes)
         if progress is not None:

@@ -17,7 +17,7 @@ from fewfire.evaluate.windows import Window
 from fewfire.runtime.score import token_nats
 
 BATCH_TOKENS = 2048  # inputs, padding included, that go through the model at once
-Progress = Callable[[int, float], None]  # tokens scored so far, their nats
+Progress = Callable[[int, float], None]  # tokens scored so far, their nats; first of all with none
 
 
 @dataclass
