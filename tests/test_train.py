@@ -104,8 +104,15 @@ def test_one_batch_is_overfitted(corpus, tmp_path):
         {"model__family": "glm4_moe", "balance__method": "bias", "model__shared_dim": 12, "model__num_dense_layers": 1},
         {"model__family": "llama", "model__num_experts": 0},
         {"model__family": "olmoe", "model__tied_head": True, "balance__method": "none", "optimizer__schedule": "wsd"},
+        {
+            "model__family": "lstm_moe",
+            "model__branches": 2,
+            "model__top_k": 4,
+            "model__num_layers": 3,
+            "model__dropout": 0.1,
+        },
     ],
-    ids=["loss", "bf16", "bias", "dense", "olmoe"],
+    ids=["loss", "bf16", "bias", "dense", "olmoe", "lstm_moe"],
 )
 def test_save_and_resume_equals_uninterrupted(corpus, tmp_path, changes):
     whole = Trainer(tiny(corpus, tmp_path / "whole", **changes))
@@ -307,6 +314,8 @@ def test_a_corpus_that_cannot_be_used(corpus, tmp_path, changes, message):
         ({"family": "mixtral", "shared_dim": 8}, {}, "no shared expert"),
         ({"family": "qwen3_moe"}, {"method": "bias"}, "needs a selection bias"),
         ({"family": "glm4_moe", "num_dense_layers": 4}, {}, "leaves no MoE layer"),
+        ({"family": "lstm_moe", "num_layers": 1}, {}, "between LSTMs"),
+        ({"family": "qwen3_moe", "branches": 2}, {}, "are for lstm_moe"),
     ],
 )
 def test_a_family_that_has_no_such_part(model, balance, message):

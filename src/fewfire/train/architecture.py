@@ -8,6 +8,7 @@ from fewfire.config import (
     AttentionConfig,
     FeedForwardConfig,
     LayerConfig,
+    LstmConfig,
     ModelConfig,
     MoEConfig,
     NormConfig,
@@ -49,8 +50,10 @@ def build_config(
 ) -> ModelConfig:
     """The model to train. Raises ConfigError where the family has no such part (an expert in llama, a shared
     expert in mixtral, a selection bias in qwen3_moe)."""
-    family = _FAMILIES[settings.family]
     _check_family(settings, balance)
+    if settings.family == "lstm_moe":
+        return _lstm_moe(settings, vocab_size=vocab_size, seq_len=seq_len, eos_token_id=eos_token_id)
+    family = _FAMILIES[settings.family]
     rope = RopeConfig(settings.rope_theta, int(settings.head_dim * family.rope_share))
     heads, kv_heads, width = settings.num_heads, settings.num_kv_heads, settings.head_dim
     attention = AttentionConfig(heads, kv_heads, width, width**-0.5, rope, qk_norm=family.qk_norm)
@@ -84,6 +87,32 @@ def build_config(
     )
 
 
+def _lstm_moe(settings: ModelSettings, *, vocab_size: int, seq_len: int, eos_token_id: int | None) -> ModelConfig:
+    """Stacked LSTMs, a noisy top-k MoE of two-matrix ReLU experts after each but the last (1701.06538, app. C.1)."""
+    router = RouterConfig(
+        settings.num_experts,
+        settings.top_k,
+        "noisy_softmax",
+        renormalize=False,
+        scale=1.0,
+        select_bias=False,
+        branches=settings.branches or None,
+    )
+    lstm, expert = LstmConfig(settings.model_dim), FeedForwardConfig(settings.expert_dim, "relu", False)
+    sparse = LayerConfig(lstm, MoEConfig(router, expert))
+    return ModelConfig(
+        family="fewfire",
+        vocab_size=vocab_size,
+        model_dim=settings.model_dim,
+        layers=(sparse,) * (settings.num_layers - 1) + (LayerConfig(lstm, None),),
+        norm=NormConfig("none", 0.0),
+        tied_head=settings.tied_head,
+        max_context=settings.max_context or seq_len,
+        eos_token_ids=() if eos_token_id is None else (eos_token_id,),
+        native_format="f32",
+    )
+
+
 def _check_family(settings: ModelSettings, balance: BalanceSettings) -> None:
     family, is_moe = settings.family, settings.num_experts > 0
     problems = [
@@ -107,6 +136,14 @@ def _check_family(settings: ModelSettings, balance: BalanceSettings) -> None:
         (
             is_moe and balance.method == "bias" and family != "glm4_moe",
             f'balance.method = "bias" needs a selection bias, which {family} has not; use glm4_moe, or method = "loss"',
+        ),
+        (
+            family == "lstm_moe" and settings.num_layers < 2,
+            f"model.num_layers ({settings.num_layers}): lstm_moe has its experts between LSTMs; set it to 2 or more",
+        ),
+        (
+            (settings.branches > 0 or settings.dropout > 0) and family != "lstm_moe",
+            f"model.branches and model.dropout are for lstm_moe, not {family}; leave them out",
         ),
         (
             settings.router_scale != 1.0 and family != "glm4_moe",

@@ -29,7 +29,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     with replacing_file(path) as stream:
         remembering = _Remembering(stream)
         try:
-            torch.save({"version": VERSION, "step": step, **state}, remembering)
+            torch.save({"version": VERSION, "step": step, **state}, remembering)  # type: ignore[arg-type]
         except RuntimeError:
             if remembering.error is not None:  # torch reports its own surprise instead of the disk's reason
                 raise remembering.error from None

@@ -19,6 +19,8 @@ from fewfire.balance import (
     LoadHealth,
     LoadMonitor,
     SelectBiasUpdate,
+    cv_squared,
+    importance_loss,
     load_balancing_loss,
     mean_over_layers,
     z_loss,
@@ -28,9 +30,10 @@ from fewfire.checkpoints.hub import save_hub
 from fewfire.config import ModelConfig
 from fewfire.data import Batches
 from fewfire.errors import ConfigError
-from fewfire.model.block import Block
 from fewfire.model.decoder import Decoder, initialise
 from fewfire.model.moe import MoELayer
+from fewfire.model.recurrent import Recurrent
+from fewfire.model.router import Router
 from fewfire.routing import Routing
 from fewfire.runtime.load import load_module
 from fewfire.runtime.score import score_batches
@@ -157,12 +160,12 @@ class Trainer:
                     "use another folder, or the same value"
                 )
 
-    def _build_model(self) -> tuple[ModelConfig, Decoder]:
+    def _build_model(self) -> tuple[ModelConfig, Decoder | Recurrent]:
         settings, tokenizer = self.settings, self.corpus.tokenizer
         if settings.initial:
             model = load_module(settings.initial, dtype=torch.float32)
-            if not isinstance(model, Decoder):
-                raise ConfigError(f"{settings.initial} is no decoder-only model; only those can be fine-tuned")
+            if not isinstance(model, (Decoder, Recurrent)):
+                raise ConfigError(f"{settings.initial} has an encoder; only decoder-only models can be fine-tuned")
             config = model.config
             if tokenizer.vocab_size > config.vocab_size:
                 raise ConfigError(
@@ -178,7 +181,7 @@ class Trainer:
             eos_token_id=tokenizer.eos_token_id,
         )
         families.write_config(config)  # an architecture that could not be exported is refused before it is trained
-        model = Decoder(config)
+        model = Recurrent(config, settings.model.dropout) if settings.model.family == "lstm_moe" else Decoder(config)
         initialise(model, len(config.layers), settings.run.seed, settings.model.init_std)
         return config, model
 
@@ -250,7 +253,7 @@ class Trainer:
 
         def observe(layer: int, routing: Routing) -> None:
             window.monitor.observe(layer, routing)
-            balance_terms.append(load_balancing_loss(routing))
+            balance_terms.append(_balance_loss(routing))
             z_terms.append(z_loss(routing))
             if self._bias_update is not None:
                 self._bias_update.observe(layer, routing)
@@ -334,11 +337,19 @@ class Trainer:
         return target
 
 
-def _select_biases(model: Decoder) -> dict[int, torch.Tensor]:
+def _balance_loss(routing: Routing) -> torch.Tensor:
+    """One layer's balance loss: for noisy gates importance plus load (0 at balance), else load balancing (1)."""
+    if routing.load_TE is None:
+        return load_balancing_loss(routing)
+    gates_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.ids_TK, routing.weights_TK)
+    return importance_loss(gates_TE) + cv_squared(routing.load_TE.sum(dim=0))
+
+
+def _select_biases(model: Decoder | Recurrent) -> dict[int, torch.Tensor]:
     """Layer index -> its router's selection bias, where it has one."""
-    moes = [block.ffn for block in model.layers if isinstance(block, Block) and isinstance(block.ffn, MoELayer)]
-    biases = {moe.layer: moe.router.select_bias for moe in moes}
-    return {layer: bias for layer, bias in biases.items() if isinstance(bias, torch.Tensor)}
+    moes = [module for module in model.modules() if isinstance(module, MoELayer)]
+    routers = {moe.layer: moe.router for moe in moes if isinstance(moe.router, Router)}
+    return {layer: router.select_bias for layer, router in routers.items() if router.select_bias is not None}
 
 
 class _Window:

@@ -24,10 +24,11 @@ class ModelSettings:
     """[model] `family`: the hub type it trains and exports as. `num_experts` 0 makes every layer dense.
 
     `expert_dim` is an expert's width, `dense_dim` a dense layer's, `shared_dim` the shared expert's (0: none).
-    The first `num_dense_layers` layers are dense. `tokenizer.json` decides `vocab_size` where one is given.
+    The first `num_dense_layers` layers are dense. `lstm_moe` is the 2017 design: `num_layers` LSTMs of `model_dim`
+    with a noisy top-k MoE after each but the last; `branches` > 0 makes its gating hierarchical.
     """
 
-    family: Literal["llama", "mixtral", "qwen3_moe", "olmoe", "glm4_moe"] = "qwen3_moe"
+    family: Literal["llama", "mixtral", "qwen3_moe", "olmoe", "glm4_moe", "lstm_moe"] = "qwen3_moe"
     model_dim: int = 256
     num_layers: int = 4
     num_heads: int = 4
@@ -43,6 +44,8 @@ class ModelSettings:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     router_scale: float = 1.0
+    branches: int = 0  # lstm_moe
+    dropout: float = 0.0  # lstm_moe
     init_std: float = 0.02
     max_context: int = 0  # 0: the training sequence length
 
@@ -84,8 +87,9 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """[balance] `loss`: the auxiliary loss (1 at balance) times `loss_weight`; `bias`: the loss-free selection bias
-    moved by `bias_rate`; `none`. `z_weight` weighs the z-loss in every case."""
+    """[balance] `loss`: the auxiliary loss (1 at balance) times `loss_weight`; for lstm_moe the importance and load
+    losses of 2017 (0 at balance; 0.1 was theirs). `bias`: the loss-free selection bias moved by `bias_rate`; `none`.
+    `z_weight` weighs the z-loss in every case."""
 
     method: Literal["loss", "bias", "none"] = "loss"
     loss_weight: float = 0.01
