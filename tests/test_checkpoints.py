@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from fewfire import api, headers
 from fewfire.checkpoints import atomic, encodings, shards
-from fewfire.checkpoints.hub import open_hub, read_eos_ids, save_hub
+from fewfire.checkpoints.hub import open_hub, save_hub
 from fewfire.checkpoints.shards import Outgoing, Shards, write_safetensors
+from fewfire.checkpoints.source import read_eos_ids
 from fewfire.errors import BudgetError, ConfigError, FewfireError, FormatError
 from fewfire.runtime.load import load_module
 

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewfire.checkpoints.atomic import refuse_occupied
-from fewfire.checkpoints.hub import open_hub, read_eos_ids, save_hub
-from fewfire.config import ModelConfig, cache_folder, check
+from fewfire.checkpoints.source import locate, read_eos_ids, read_tokenizer
+from fewfire.config import ModelConfig, check
 from fewfire.errors import ConfigError
 from fewfire.evaluate import Evaluation, Windowing
 from fewfire.evaluate import evaluate as evaluate_module
 from fewfire.evaluate.perplexity import Progress
+from fewfire.export import Exported, export, torch_dtype
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
 from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
-from fewfire.runtime.load import fill_module, load_module
+from fewfire.runtime.load import load_module
 from fewfire.runtime.sampling import Sampling
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
@@ -287,77 +287,24 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def load(
-    model: str | Path, *, dtype: str | None = None, threads: int | None = None, ignore_keys: Sequence[str] = ()
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    threads: int | None = None,
+    ignore_keys: Sequence[str] = (),
+    show_progress: bool = False,
 ) -> Model:
-    """A model from a hub-layout folder, the folder of a training run, or `demo`, with its tokenizer where it has one.
+    """A model with its tokenizer, where it has one: from a pack, a hub-layout folder, the folder of a training run, a
+    .gguf file, a hub id (org/name, org/name@revision, org/name/file.gguf; downloaded once) or `demo`.
 
     `dtype`: f32, bf16 or fp16 instead of the checkpoint's own. `threads`: what torch may use, in the whole process.
-    `ignore_keys`: keys of config.json to leave aside.
+    `ignore_keys`: keys of config.json or of GGUF metadata to leave aside. `show_progress`: of a download, on stderr.
     Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files.
     """
     check(threads is None or threads >= 1, f"threads ({threads}) must be at least 1; leave it out to use all cores")
-    folder = locate(model)
+    wanted = torch_dtype(dtype)
+    path = locate(model, show_progress=show_progress)
     if threads is not None:
         torch.set_num_threads(threads)
-    module = load_module(folder, dtype=_torch_dtype(dtype), ignore=ignore_keys)
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return Model(module, tokenizer=tokenizer, eos_ids=read_eos_ids(folder, module.config), folder=folder)
-
-
-def locate(model: str | Path) -> Path:
-    """The folder that a MODEL means. Raises ConfigError, saying what to do, where it means none."""
-    text = str(model)
-    folder = Path(text)
-    if text == "demo" and not folder.exists():
-        return _demo_folder()
-    if folder.is_dir():
-        trained = folder / "model"  # where `fewfire train` leaves what it made
-        return trained if not (folder / "config.json").exists() and (trained / "config.json").exists() else folder
-    if folder.exists():
-        raise ConfigError(f"{text} is a file, expected a folder with config.json and safetensors; name its folder")
-    raise ConfigError(f"{text} is no folder here; give the path of a checkpoint, or `demo`")
-
-
-def _demo_folder() -> Path:
-    folder = cache_folder() / "demo" / "model"
-    check((folder / "config.json").is_file(), "there is no demo model yet; run `fewfire demo` to train it")
-    return folder
-
-
-EXPORTS = ("hf",)
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _torch_dtype(name: str | None) -> torch.dtype | None:
-    if name is None:
-        return None
-    check(name in _DTYPES, f"dtype {name!r} is not known; expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-# --------------------------------------------------------------------------------------------------------- exporting
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What an export wrote."""
-
-    path: Path
-    files: list[str]
-    num_bytes: int
-
-
-def export(model: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None) -> Exported:
-    """Write a model as the new folder `out`, in hub layout, wholly or not at all; its tokenizer files are copied.
-
-    `dtype` None: every tensor as it is, so that hub to hub is bitwise.
-    Raises: ConfigError where the model cannot be expressed or `out` is taken, BudgetError on a full disk.
-    """
-    check(to in EXPORTS, f"export to {to!r} is not known; expected one of {', '.join(EXPORTS)}")
-    refuse_occupied(out)
-    folder = locate(model)
-    checkpoint = open_hub(folder)
-    module = fill_module(checkpoint, exact=True)
-    save_hub(module, out, companions=folder, dtype=_torch_dtype(dtype), like=checkpoint if dtype is None else None)
-    files = sorted(path for path in Path(out).iterdir() if path.is_file())
-    return Exported(Path(out), [path.name for path in files], sum(path.stat().st_size for path in files))
+    module = load_module(path, dtype=wanted, ignore=ignore_keys)
+    return Model(module, tokenizer=read_tokenizer(path), eos_ids=read_eos_ids(path, module.config), folder=path)

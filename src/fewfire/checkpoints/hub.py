@@ -100,21 +100,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Every token that ends a text: generation_config.json's where it names some, else config.json's.
-
-    Raises: FormatError where generation_config.json holds something else than ids.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return config.eos_token_ids
-    found = read_object(path).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(each) is int for each in ids):
-        raise FormatError(f"{found!r} is no token id, nor a list of them", path=str(path), record="eos_token_id")
-    return tuple(ids) or config.eos_token_ids
-
-
 def _compare(
     folder: Path, config: ModelConfig, table: list[HubTensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, ...]:

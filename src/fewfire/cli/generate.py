@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, the folder of a training run, or demo.")],
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id, or demo.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from stdin.")],
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, through the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: instructions before the prompt.")] = None,
@@ -34,7 +34,7 @@ def generate(
     text = _read_prompt(prompt)
     from fewfire import api
 
-    loaded = api.load(model, threads=threads)
+    loaded = api.load(model, threads=threads, show_progress=sys.stderr.isatty())
     stream = loaded.stream(
         text,
         chat=chat,

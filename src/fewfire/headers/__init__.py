@@ -12,6 +12,7 @@ from fewfire.headers.safetensors import (
     SINGLE_FILE,
     TensorHeader,
     checkpoint_files,
+    index_files,
     read_checkpoint,
     read_safetensors,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "GgufTensor",
     "TensorHeader",
     "checkpoint_files",
+    "index_files",
     "read_checkpoint",
     "read_gguf",
     "read_safetensors",

@@ -92,7 +92,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     index = folder / INDEX_FILE
     if index.is_file():
-        return [folder / name for name in _index_files(index)]
+        return [folder / name for name in _present_files(index)]
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     others = sorted(folder.glob("*.safetensors"))
@@ -195,11 +195,18 @@ def _index_map(index: Path) -> dict[str, str]:
     return placed
 
 
-def _index_files(index: Path) -> list[str]:
-    names = sorted(set(_index_map(index).values()))
+def index_files(index: str | Path) -> list[str]:
+    """The files that an index file lists, whether they are there or not. Raises FormatError for a broken index."""
+    names = sorted(set(_index_map(Path(index)).values()))
     for name in names:
         if Path(name).name != name or name in ("", ".", ".."):
             raise FormatError(f"lists {name!r}, which is no plain file name", path=str(index))
+    return names
+
+
+def _present_files(index: Path) -> list[str]:
+    names = index_files(index)
+    for name in names:
         if not (index.parent / name).is_file():
             raise FormatError(f"lists {name}, which is not there; download it", path=str(index), record=name)
     return names

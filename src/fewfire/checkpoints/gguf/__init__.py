@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fewfire.checkpoints.gguf.read import GgufCheckpoint, open_gguf
+from fewfire.checkpoints.gguf.write import save_gguf
 
-__all__ = ["GgufCheckpoint", "open_gguf"]
+__all__ = ["GgufCheckpoint", "open_gguf", "save_gguf"]

@@ -26,7 +26,6 @@ from fewfire.checkpoints.shards import Shards
 from fewfire.config import ModelConfig
 from fewfire.errors import FormatError
 from fewfire.headers import GgufHeader, GgufTensor, TensorHeader, read_gguf
-from fewfire.tokenizer import Tokenizer
 
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FORMATS = {"f32": "f32", "f16": "fp16", "bf16": "bf16"}
@@ -47,11 +46,11 @@ class GgufCheckpoint:
     table: tuple[Slot, ...]
     ignored: tuple[str, ...]
 
-    def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+    def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> None:
         """Give every parameter and buffer of `module`, built on the meta device, its values: each is made once.
 
         `dtype` None: f16 and bf16 files as they are, quantized ones in float32; norms and routers as stored.
-        Raises: FormatError where the file is damaged.
+        `exact`: every tensor keeps its dtype. Raises: FormatError where the file is damaged.
         """
         tensors, found = self.header.tensors, dict[str, torch.dtype]()
         sizes: Counter[torch.dtype] = Counter()
@@ -63,19 +62,8 @@ class GgufCheckpoint:
         jobs = [job for slot in self.table for job in _jobs(slot, tensors[slot.name])]
         jobs.sort(key=lambda job: job.tensor.offset)
         with Shards() as shards:
-            give_values(module, run_dtypes(found, sizes, dtype), jobs, lambda job, into: _place(job, into, shards))
-
-    def read_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the metadata; None where there is none. Raises FormatError where it is not understood."""
-        if "tokenizer.ggml.model" not in self.header.metadata:
-            return None
-        metadata = read_gguf(self.header.path, long_arrays=True).metadata
-        return Tokenizer.from_gguf(metadata, source=str(self.header.path))
-
-    def read_eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: end of sequence, of turn and of message."""
-        found = (self.header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        return tuple(dict.fromkeys(each for each in found if type(each) is int and each < self.config.vocab_size))
+            dtypes = found if exact else run_dtypes(found, sizes, dtype)
+            give_values(module, dtypes, jobs, lambda job, into: _place(job, into, shards))
 
 
 def open_gguf(path: str | Path, *, ignore: Iterable[str] = ()) -> GgufCheckpoint:
@@ -170,10 +158,12 @@ def _decode(shards: Shards, tensor: GgufTensor, rows: tuple[int, int] | None) ->
     found = shards.read(_bytes_header(tensor, rows))
     if tensor.type in _PLAIN:
         return found.view(_PLAIN[tensor.type])
+    import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
     blocks = found.reshape(-1, tensor.num_bytes // max(math.prod(tensor.shape[:-1]), 1)).numpy()
-    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type.upper()])).reshape(-1)
+    with np.errstate(all="ignore"):  # damaged scales may be NaN or infinite; sampling says so
+        return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type.upper()])).reshape(-1)
 
 
 def _small_values(header: GgufHeader, name: str) -> list[float]:
