@@ -16,8 +16,9 @@ from machine import describe
 from fewfire import kernels
 from fewfire.balance import load_balancing_loss, mean_over_layers, z_loss
 from fewfire.config import FeedForwardConfig
-from fewfire.model.decoder import Decoder, initialise
+from fewfire.model.decoder import Decoder
 from fewfire.model.experts import Experts, reference_experts
+from fewfire.model.initialise import initialise
 from fewfire.model.moe import MoELayer
 from fewfire.model.router import Router
 from fewfire.train.architecture import build_config

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fewfire import api
 from fewfire.checkpoints.hub import save_hub
 from fewfire.errors import ConfigError
-from fewfire.model.decoder import initialise
+from fewfire.model.initialise import initialise
 from fewfire.runtime.load import load_module
 
 FAMILIES = sorted(tiny_hub.CONFIGS)

@@ -18,7 +18,8 @@ from fewfire.config import (
     RouterConfig,
 )
 from fewfire.errors import ConfigError, FewfireError
-from fewfire.model.decoder import Decoder, initialise
+from fewfire.model.decoder import Decoder
+from fewfire.model.initialise import initialise
 from fewfire.runtime.generate import Generation, Limits, peak_rss_bytes
 from fewfire.runtime.sampling import (
     Sampler,

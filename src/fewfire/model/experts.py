@@ -1,11 +1,12 @@
 """All routed experts of a layer, resident: the double loop that defines them and the grouped form that is fast.
 
-T tokens, K chosen, A = kept assignments (T*K when dropless) sorted by expert, E experts, D model width, F expert width.
+T tokens, K chosen, A rows: kept assignments (T*K when dropless) sorted by expert; E experts, D model, F expert width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from fewfire import kernels
 from fewfire.config import FeedForwardConfig
 from fewfire.model.feedforward import activate
 from fewfire.routing import Routing
+
+ALIGN = 32  # rows: 3 % filling at 512 rows an expert
 
 
 class Experts(nn.Module):
@@ -38,15 +41,18 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(num_experts, model_dim)) if config.bias else None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        top_k = routing.ids_TK.shape[1]
         order_A, offsets = kernels.group_by_expert(routing.ids_TK, self.num_experts, routing.kept_TK)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
-        weights_A = routing.weights_TK.flatten()[order_A]
-        token_A = order_A // routing.ids_TK.shape[1]
         if self.weight_on == "output" and not self.config.bias:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
+            layout = lay_out(
+                order_A, offsets.tolist(), *routing.ids_TK.shape, align=1 if dtype == torch.float32 else ALIGN
+            )
+            weights_A = routing.weights_TK.flatten()[layout.order_A] * layout.real_A
             weights = (self.gate, self.up, self.down)
-            positions_TK = _positions(order_A, *routing.ids_TK.shape)
-            return GroupedExperts.apply(x_TD, weights_A, token_A, positions_TK, offsets, self.config, dtype, *weights)
-        return self._by_group(x_TD, weights_A, token_A, offsets.tolist())
+            return GroupedExperts.apply(x_TD, weights_A, layout, self.config, dtype, *weights)
+        weights_A = routing.weights_TK.flatten()[order_A]
+        return self._by_group(x_TD, weights_A, order_A // top_k, offsets.tolist())
 
     def _by_group(self, x_TD: Tensor, weights_A: Tensor, token_A: Tensor, offsets: list[int]) -> Tensor:
         """Plain autograd over expert groups: biases and input weighting, which the fused form leaves out."""
@@ -88,6 +94,41 @@ def reference_experts(experts: Experts, x_TD: Tensor, routing: Routing) -> Tenso
     return torch.stack(rows) if rows else torch.zeros_like(x_TD)
 
 
+class Layout(NamedTuple):
+    """Rows sorted by expert, each group filled up to a multiple of the alignment.
+
+    `order_A`: the assignment (t * K + k) of each row; `token_A` its token; `real_A` float32, 0 for a filling row, whose
+    routing weight is 0 so that it adds nothing to any output or gradient. `bounds`: where each group begins.
+    `positions_TK`: the row of each assignment, -1 where it was dropped.
+    """
+
+    order_A: Tensor
+    token_A: Tensor
+    real_A: Tensor
+    bounds: list[int]
+    positions_TK: Tensor
+
+
+def lay_out(order_A: Tensor, offsets: list[int], num_tokens: int, top_k: int, align: int) -> Layout:
+    """Where every row lies. Low-precision products are compiled per shape, and the row counts of experts change with
+    every batch: filling groups up leaves few shapes (measured: 1.1 ms a product without, in docs/LOG.md)."""
+    counts = [end - begin for begin, end in zip(offsets, offsets[1:])]
+    sizes = [-(-count // align) * align for count in counts]
+    bounds = [0, *itertools.accumulate(sizes)]
+    if bounds == offsets:
+        rows_A, padded_A, real_A = torch.arange(order_A.numel()), order_A, torch.ones(order_A.numel())
+    else:
+        shifts = torch.tensor([new - old for new, old in zip(bounds, offsets)][:-1])
+        rows_A = torch.arange(order_A.numel()) + torch.repeat_interleave(shifts, torch.tensor(counts))
+        padded_A = torch.zeros(bounds[-1], dtype=torch.int64)
+        padded_A[rows_A] = order_A
+        real_A = torch.zeros(bounds[-1])
+        real_A[rows_A] = 1.0
+    positions = torch.full((num_tokens * top_k,), -1, dtype=torch.int64)
+    positions[order_A] = rows_A
+    return Layout(padded_A, padded_A // top_k, real_A, bounds, positions.view(num_tokens, top_k))
+
+
 class GroupedExperts(torch.autograd.Function):
     """Experts as products over contiguous groups of sorted rows: one autograd node a layer.
 
@@ -102,17 +143,15 @@ class GroupedExperts(torch.autograd.Function):
         ctx: Any,
         x_TD: Tensor,
         weights_A: Tensor,
-        token_A: Tensor,
-        positions_TK: Tensor,
-        offsets: Tensor,
+        layout: Layout,
         config: FeedForwardConfig,
         dtype: torch.dtype,
         gate: Tensor | None,
         up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        bounds = offsets.tolist()
-        x_AD = x_TD.to(dtype)[token_A]
+        bounds = layout.bounds
+        x_AD = x_TD.to(dtype)[layout.token_A]
         into = _stack_in(gate, up, dtype)
         pre_AP = x_AD.new_empty((x_AD.shape[0], into.shape[1]))
         _products(x_AD, into, bounds, out=pre_AP, transpose=True)
@@ -120,16 +159,16 @@ class GroupedExperts(torch.autograd.Function):
         y_AD = torch.empty_like(x_AD)
         down_cast = down.to(dtype)
         _products(hidden_AF, down_cast, bounds, out=y_AD, transpose=True)
-        ctx.save_for_backward(x_AD, pre_AP, weights_A, token_A, positions_TK, into, down_cast)
-        ctx.bounds, ctx.config = bounds, config
+        ctx.save_for_backward(x_AD, pre_AP, weights_A, into, down_cast)
+        ctx.layout, ctx.config = layout, config
         ctx.gated, ctx.dtypes = gate is not None, (x_TD.dtype, up.dtype, down.dtype)
-        return kernels.sum_rows(y_AD, positions_TK).to(x_TD.dtype)
+        return kernels.sum_rows(y_AD, layout.positions_TK).to(x_TD.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple:
-        x_AD, pre_AP, weights_A, token_A, positions_TK, into, down = ctx.saved_tensors
-        dtype, bounds = x_AD.dtype, ctx.bounds
-        dy_AD = dy_TD.to(dtype)[token_A]
+        x_AD, pre_AP, weights_A, into, down = ctx.saved_tensors
+        layout, bounds = ctx.layout, ctx.layout.bounds
+        dy_AD = dy_TD.to(x_AD.dtype)[layout.token_A]
         dscaled_AF = dy_AD.new_empty((dy_AD.shape[0], down.shape[2]))
         _products(dy_AD, down, bounds, out=dscaled_AF, transpose=False)
         dpre_AP, hidden_AF, dweights_A = _weighted_hidden_backward(dscaled_AF, pre_AP, weights_A, ctx.config)
@@ -137,10 +176,10 @@ class GroupedExperts(torch.autograd.Function):
         dinto = _outer_products(dpre_AP, x_AD, bounds, ctx.dtypes[1])
         dx_AD = torch.empty_like(x_AD)
         _products(dpre_AP, into, bounds, out=dx_AD, transpose=False)
-        dx_TD = kernels.sum_rows(dx_AD, positions_TK).to(ctx.dtypes[0])
+        dx_TD = kernels.sum_rows(dx_AD, layout.positions_TK).to(ctx.dtypes[0])
         half = dinto.shape[1] // 2
         dgate, dup = (dinto[:, :half], dinto[:, half:]) if ctx.gated else (None, dinto)
-        return dx_TD, dweights_A, None, None, None, None, None, dgate, dup, ddown
+        return dx_TD, dweights_A, None, None, None, dgate, dup, ddown
 
 
 def _stack_in(gate: Tensor | None, up: Tensor, dtype: torch.dtype) -> Tensor:
@@ -202,10 +241,3 @@ def _outer_products(left_AM: Tensor, right_AN: Tensor, bounds: list[int], dtype:
         else:
             out[e].zero_()
     return out.to(dtype)
-
-
-def _positions(order_A: Tensor, num_tokens: int, top_k: int) -> Tensor:
-    """(T, K): where in the sorted rows each assignment lies; -1 where it was dropped."""
-    flat = torch.full((num_tokens * top_k,), -1, dtype=torch.int64)
-    flat[order_A] = torch.arange(order_A.numel())
-    return flat.view(num_tokens, top_k)

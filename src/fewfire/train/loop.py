@@ -30,7 +30,8 @@ from fewfire.checkpoints.hub import save_hub
 from fewfire.config import ModelConfig
 from fewfire.data import Batches
 from fewfire.errors import ConfigError
-from fewfire.model.decoder import Decoder, initialise
+from fewfire.model.decoder import Decoder
+from fewfire.model.initialise import initialise
 from fewfire.model.moe import MoELayer
 from fewfire.model.recurrent import Recurrent
 from fewfire.model.router import Router
