@@ -11,7 +11,7 @@ from fewfire.errors import ConfigError
 from fewfire.plan import plan
 from fewfire.plan.api_prices import load_api_prices
 from fewfire.plan.cost import Costs, Demand, choose_host, self_host
-from fewfire.plan.hardware import load_catalogue, owned_usd_per_hour
+from fewfire.plan.hardware import Payment, load_catalogue, owned_usd_per_hour
 
 GPT_OSS = load_api_prices().models["gpt-oss-120b"]
 
@@ -98,6 +98,17 @@ def test_currency_changes_words_and_no_numbers():
 
 def test_owned_hardware():
     assert owned_usd_per_hour(26_298, 3, 1.0, 0.20) == pytest.approx(1.2)
+
+
+def test_how_machines_are_paid():
+    prices = [plan("gpt-oss-120b", hardware="H100", price=Payment(pricing=name)).machines[0].usd_per_hour
+              for name in ("on-demand", "own-hyperscaler", "own-smaller-cloud", "rent-3-years")]  # fmt: skip
+    assert prices == [2.95, 1.3, 1.69, 1.3]
+    bought = plan("gpt-oss-120b", hardware="H100", price=Payment(buy_usd=26_298)).machines[0]
+    assert bought.usd_per_hour == pytest.approx(1.0 + 1.73 * 0.15)
+    assert plan("gpt2", hardware="L4", price=Payment(pricing="rent-3-years")).machines[0].usd_per_hour is None
+    with pytest.raises(ConfigError, match="rent-3-years"):
+        Payment(pricing="free")
 
 
 def test_output_tokens_cost_more_than_input():

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from fewfire.plan import Plan
     from fewfire.plan.cost import Demand
+    from fewfire.plan.hardware import Payment
 
 
 def plan(
@@ -43,6 +44,9 @@ def plan(
     years: Annotated[float | None, typer.Option(help="Years over which it is written off (default 3).")] = None,
     power_kw: Annotated[float | None, typer.Option(help="Power of one bought device, all in.")] = None,
     usd_per_kwh: Annotated[float | None, typer.Option(help="Price of power (default 0.15).")] = None,
+    pricing: Annotated[
+        str, typer.Option(help="on-demand, own-hyperscaler, own-smaller-cloud or rent-3-years.")
+    ] = "on-demand",
     currency: Annotated[str | None, typer.Option(help="Show money in another currency, as KES=129.")] = None,
     api_prices: Annotated[
         bool, typer.Option("--api-prices", help="Read prices from the installed genai-prices package.")
@@ -87,7 +91,7 @@ def plan(
         routing=routing,
         domain=domain,
         measured=measured,
-        price=_device_price(price, buy_usd, years, power_kw, usd_per_kwh),
+        price=_payment(price, buy_usd, years, power_kw, usd_per_kwh, pricing),
         demand=_demand(tokens_per_month, output_share, burstiness, ops_usd_per_month),
         api_price=_api_price(model, api_prices),
         train_tokens=_count(train_tokens, "--train-tokens"),
@@ -125,24 +129,30 @@ def _print_json(made: Plan, explain: str | None, launch: bool) -> None:
     print_json(document)
 
 
-def _device_price(
-    price: float | None, buy_usd: float | None, years: float | None, power_kw: float | None, usd_per_kwh: float | None
-) -> float | None:
+def _payment(
+    price: float | None,
+    buy_usd: float | None,
+    years: float | None,
+    power_kw: float | None,
+    usd_per_kwh: float | None,
+    pricing: str,
+) -> Payment:
     from fewfire.config import check
-    from fewfire.plan.hardware import owned_usd_per_hour
+    from fewfire.plan.hardware import OWN_YEARS, USD_PER_KWH, Payment
 
-    if buy_usd is None:
-        given = years is not None or power_kw is not None or usd_per_kwh is not None
-        check(not given, "--years, --power-kw and --usd-per-kwh are of bought hardware; give --buy-usd too")
-        check(price is None or price > 0, f"--price ({price}) must be above 0 dollars a device-hour")
-        return price
-    check(price is None, "give either --price (rented) or --buy-usd (bought), not both")
-    years = 3.0 if years is None else years
-    power_kw = power_kw or 0.0
-    usd_per_kwh = 0.15 if usd_per_kwh is None else usd_per_kwh
-    check(buy_usd > 0 and years > 0, f"--buy-usd ({buy_usd}) and --years ({years}) must be above 0")
-    check(power_kw >= 0 and usd_per_kwh >= 0, "--power-kw and --usd-per-kwh must be 0 or more")
-    return owned_usd_per_hour(buy_usd, years, power_kw, usd_per_kwh)
+    given = years is not None or power_kw is not None or usd_per_kwh is not None
+    check(
+        buy_usd is not None or not given,
+        "--years, --power-kw and --usd-per-kwh are of bought parts; give --buy-usd",
+    )
+    return Payment(
+        usd_per_hour=price,
+        buy_usd=buy_usd,
+        years=OWN_YEARS if years is None else years,
+        kilowatts=power_kw,
+        usd_per_kwh=USD_PER_KWH if usd_per_kwh is None else usd_per_kwh,
+        pricing=pricing,
+    )
 
 
 def _count(text: str | None, name: str) -> float | None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fewfire.config import environment
+from fewfire.config import check, environment
 from fewfire.errors import ConfigError, FormatError
 
 OWN_YEARS, USD_PER_KWH, HOURS_PER_YEAR = 3.0, 0.15, 8766.0
@@ -25,6 +25,45 @@ KINDS = ("gpu", "unified", "cpu", "laptop")
 def owned_usd_per_hour(buy_usd: float, years: float, kilowatts: float, usd_per_kwh: float) -> float:
     """What an hour of a bought machine costs: its price over its life, and its power, running all the time."""
     return buy_usd / (years * HOURS_PER_YEAR) + kilowatts * usd_per_kwh
+
+
+# How a machine is paid for: on demand, or the catalogue's own_usd_per_hour by its place there.
+PRICINGS = {"on-demand": None, "own-hyperscaler": 0, "own-smaller-cloud": 1, "rent-3-years": 2}
+
+
+@dataclass(frozen=True)
+class Payment:
+    """How device-hours are paid: `usd_per_hour` as given; or bought at `buy_usd` and written off over `years` with
+    `kilowatts` (None: the part's) at `usd_per_kwh`; else by `pricing`, one of PRICINGS."""
+
+    usd_per_hour: float | None = None
+    buy_usd: float | None = None
+    years: float = OWN_YEARS
+    kilowatts: float | None = None
+    usd_per_kwh: float = USD_PER_KWH
+    pricing: str = "on-demand"
+
+    def __post_init__(self) -> None:
+        given = self.usd_per_hour
+        check(given is None or 0 < given < 1e6, f"price ({given}) must be above 0 and below a million a device-hour")
+        check(self.buy_usd is None or 0 < self.buy_usd < 1e9, f"--buy-usd ({self.buy_usd}) must be above 0 dollars")
+        check(given is None or self.buy_usd is None, "give either --price (rented) or --buy-usd (bought), not both")
+        check(0 < self.years <= 100, f"--years ({self.years}) must be above 0 and at most 100")
+        check(self.kilowatts is None or 0 <= self.kilowatts < 1e6, f"--power-kw ({self.kilowatts}) must be 0 or more")
+        check(0 <= self.usd_per_kwh < 1e3, f"--usd-per-kwh ({self.usd_per_kwh}) must be 0 or more")
+        check(self.pricing in PRICINGS, f"--pricing ({self.pricing}) is unknown; choose one of {', '.join(PRICINGS)}")
+
+    def of(self, part: Part) -> float | None:
+        """Dollars an hour of one `part`; None where its price is not known."""
+        if self.usd_per_hour is not None:
+            return self.usd_per_hour
+        if self.buy_usd is not None:
+            power = self.kilowatts if self.kilowatts is not None else part.own_kw or (part.tdp_w or 0.0) / 1000
+            return owned_usd_per_hour(self.buy_usd, self.years, power, self.usd_per_kwh)
+        place = PRICINGS[self.pricing]
+        if place is None:
+            return part.usd_per_hour
+        return part.own_usd_per_hour[place] if len(part.own_usd_per_hour) > place else None
 
 
 @dataclass(frozen=True)

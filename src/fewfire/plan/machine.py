@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fewfire.plan.fit import Fit, fit, layouts
-from fewfire.plan.hardware import Part, System
+from fewfire.plan.hardware import Part, Payment, System
 from fewfire.plan.speed import PrefillTime, StepTime, decode_step, prefill
 from fewfire.plan.stream import Streaming, stream, tiers_of
 from fewfire.plan.workload import Assumptions, Layout, Workload
@@ -172,16 +172,17 @@ def plan_machine(
     prompt_tokens: int | None = None,
     assume: Assumptions | None = None,
     output_share: float = 0.25,
-    usd_per_hour: float | None = None,
+    paid: Payment | None = None,
 ) -> Machine:
     """Everything about `work` on `system`. `full_batch` fixes the batch of the cost; None searches for full load.
 
-    `prompt_tokens` is the prompt that prefill times (default: the context). `usd_per_hour` is per device and
-    overrides the catalogue's price.
+    `prompt_tokens` is the prompt that prefill times (default: the context). `paid` says how device-hours
+    are paid (default: the catalogue's price).
     """
     assume = assume or Assumptions()
     best = _best(work, system, batch, assume)
-    price = usd_per_hour * system.count if usd_per_hour is not None else system.usd_per_hour
+    hourly = (paid or Payment()).of(system.part)
+    price = None if hourly is None else hourly * system.count
     if best is None:
         verdict = min(
             (fit(work, system, layout, batch) for layout in layouts(work, system)),

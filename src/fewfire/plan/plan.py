@@ -15,7 +15,7 @@ from fewfire.plan.api_prices import ApiPrice, load_api_prices
 from fewfire.plan.cost import Costs, Demand, choose_host, self_host
 from fewfire.plan.count import Counts, Flops
 from fewfire.plan.fit import layouts
-from fewfire.plan.hardware import Catalogue, Part, System, load_catalogue, parse_hardware
+from fewfire.plan.hardware import Catalogue, Payment, System, load_catalogue, parse_hardware
 from fewfire.plan.machine import Machine, plan_machine, rank
 from fewfire.plan.memory import CacheBytes, Floor, Formats, WeightBytes, choose_formats, floor_bytes
 from fewfire.plan.placement import PlacementGain
@@ -181,17 +181,10 @@ def _system(name: str, catalogue: Catalogue) -> System:
     return parse_hardware(name, catalogue)
 
 
-def _price(part: Part, price: float | None) -> float | None:
-    check(price is None or 0 < price < 1e6, f"price ({price}) must be above 0 and below a million a device-hour")
-    return price if price is not None else part.usd_per_hour
-
-
-def _warnings(
-    catalogue: Catalogue, machines: Sequence[Machine], api: ApiPrice | None, price: float | None
-) -> list[str]:
+def _warnings(catalogue: Catalogue, machines: Sequence[Machine], api: ApiPrice | None, paid: Payment) -> list[str]:
     today, found = datetime.date.today(), []
     age = catalogue.price_age_days(today)
-    if price is None and machines and age is not None and age > catalogue.stale_after_days:
+    if paid == Payment() and machines and age is not None and age > catalogue.stale_after_days:
         found.append(f"machine prices are of {catalogue.prices_date}, {age} days old: check them, or give --price")
     prices = load_api_prices()
     if api is not None and prices.age_days(today) > prices.stale_after_days:
@@ -215,7 +208,7 @@ def plan(
     routing: RoutingProfile | str | Path | None = None,
     domain: str | None = None,
     measured: str | dict[int, float] | None = None,
-    price: float | None = None,
+    price: float | Payment | None = None,
     demand: Demand | None = None,
     api_price: ApiPrice | None = None,
     train_tokens: float | None = None,
@@ -230,8 +223,8 @@ def plan(
     `quant` and the four formats as `choose_formats`; `context` tokens a sequence (default 4096 or the model's most),
     `batch` sequences at once (default 1; the cost then searches for full load). `hardware` is '8xH200', 'here' or a
     list; without it the catalogue is ranked, cheapest fit first. `routing`: a profile or its file. `measured`: decode
-    speeds ('1=17,4=36.4') of the first machine that calibrate the rest. `price`: dollars a device-hour. `traffic`:
-    simulate a day on the first machine. Loads no torch and reads no weights.
+    speeds ('1=17,4=36.4') of the first machine that calibrate the rest. `price`: dollars a device-hour, or how it
+    is paid. `traffic`: simulate a day on the first machine. Loads no torch and reads no weights.
 
     Raises: ConfigError on unknown names, formats, hardware and sizes out of range; FormatError on damaged files.
     """
@@ -240,6 +233,7 @@ def plan(
     check(batch is None or 1 <= batch <= 10**7, f"batch ({batch}) must be between 1 and 10000000 sequences")
     check(prompt_tokens is None or 1 <= prompt_tokens <= 10**8, f"prompt ({prompt_tokens}) must be 1 to 10^8 tokens")
     demand, size = demand or Demand(), batch or 1
+    paid = price if isinstance(price, Payment) else Payment(price)
     formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
     profile = _profile(routing, subject, domain)
     work = Workload.of(subject.config, formats, context, profile, stored=subject.stored)
@@ -255,7 +249,7 @@ def plan(
             prompt_tokens=prompt_tokens,
             assume=assume,
             output_share=demand.output_share,
-            usd_per_hour=_price(system.part, price),
+            paid=paid,
         )  # fmt: skip
         for system in systems
     ]
@@ -274,13 +268,13 @@ def plan(
         ranked=ranked,
         memory_budget=budget,
         budget_streaming=_budget_streaming(work, systems, budget, size, assume),
-        versus=None if versus is None else _versus(versus, quant, context, batch, hardware, demand, price, assume),
+        versus=None if versus is None else _versus(versus, quant, context, batch, hardware, demand, paid, assume),
         costs=_costs(subject, _serving(machines, ranked), demand, api, catalogue, context, currency),
         training=_training(work, subject, train_tokens, systems[0] if not ranked else _system("H100", catalogue)),
         day=_day(work, machines, traffic, assume),
         points=points,
         placement=_placement(work, machines, size),
-        warnings=tuple(_warnings(catalogue, machines, api, price)),
+        warnings=tuple(_warnings(catalogue, machines, api, paid)),
         output_share=demand.output_share,
         currency=currency,
         uniform=None if profile is None else Workload.of(subject.config, formats, context, stored=subject.stored),
@@ -323,12 +317,12 @@ def _budget_streaming(
 
 def _versus(
     model: str | Path | ModelConfig, quant: str, context: int, batch: int | None,
-    hardware: str | Sequence[str] | None, demand: Demand, price: float | None, assume: Assumptions,
+    hardware: str | Sequence[str] | None, demand: Demand, paid: Payment, assume: Assumptions,
 ) -> Plan:  # fmt: skip
     """The other model under the same question; a context beyond its own is cut to it."""
     most = resolve(model).config.max_context
     return plan(
-        model, quant=quant, context=min(context, most), batch=batch, hardware=hardware, demand=demand, price=price,
+        model, quant=quant, context=min(context, most), batch=batch, hardware=hardware, demand=demand, price=paid,
         assume=assume,
     )  # fmt: skip
 
