@@ -95,6 +95,15 @@ def self_host(machine: Machine, demand: Demand) -> SelfHost | None:
     seconds = (1 - demand.output_share) / rate + demand.output_share / machine.full_load.tokens_per_s
     return SelfHost(machine, demand, HOURS_PER_MONTH * 3600 / seconds, machine.usd_per_hour * HOURS_PER_MONTH)
 
+    def pays_throughout(self, api_per_million: float) -> float | None:
+        """The volume above which self-hosting stays cheaper: below it each further system must be filled first."""
+        price, capacity, ops = api_per_million / 1e6, self.useful_capacity, self.demand.ops_usd_per_month
+        gain = capacity * price - self.bill
+        if gain <= 0:
+            return None
+        systems = max(1, ceil((self.bill + ops) / gain))
+        return max((systems * self.bill + ops) / price, (systems - 1) * capacity)
+
 
 @dataclass(frozen=True)
 class Route:
@@ -219,8 +228,12 @@ class Costs:
         if self.host is not None:
             used = tokens / (self.host.systems(tokens) * self.host.capacity)
             words += f" {self._systems(self.host, tokens)} would be {used * 100:.0f} % used."
-        if self.break_even is not None:
-            words += f" Self-hosting pays from {_billions(self.break_even)} tokens a month."
+        if self.break_even is not None and self.host is not None:
+            words += f" Self-hosting pays from {_billions(self.break_even)} tokens a month"
+            throughout = self.host.pays_throughout(self.api_per_million or 0.0)
+            if best == "the managed API" and tokens > self.break_even and throughout is not None:
+                words += f" while its systems are full, and throughout from {_billions(throughout)}"
+            words += "."
         if self.dense is not None:
             small = self.dense.monthly(tokens)
             if small < 0.5 * bills[best]:

@@ -212,7 +212,7 @@ def _cost(plan: Plan) -> str:
         return ""
     host, code = costs.host, plan.currency[1]
     anchor = costs.demand.tokens_per_month or costs.break_even or host.useful_capacity / 4
-    volumes = [anchor * 10 ** (power / 8) for power in range(-12, 13)]
+    volumes = [anchor * 10 ** (power / 48) for power in range(-72, 73)]
     lines = [Line(f"self-host, {host.machine.system.label}", [(v, host.monthly(v) * code) for v in volumes])]
     if costs.api_per_million:
         lines.append(Line("managed API", [(v, costs.api_per_million * v / 1e6 * code) for v in volumes]))
