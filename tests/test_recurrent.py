@@ -18,8 +18,8 @@ from fewfire.config import (
 )
 from fewfire.errors import ConfigError
 from fewfire.model.build import build_model
-from fewfire.model.experts import reference_experts
 from fewfire.model.decoder import make_context
+from fewfire.model.experts import reference_experts
 from fewfire.model.initialise import initialise
 from fewfire.model.noisy import NoisyRouter, noisy_gate
 from fewfire.model.recurrent import Lstm, Recurrent

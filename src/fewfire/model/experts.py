@@ -41,13 +41,11 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(num_experts, model_dim)) if config.bias else None
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        top_k = routing.ids_TK.shape[1]
+        num_tokens, top_k = routing.ids_TK.shape
         order_A, offsets = kernels.group_by_expert(routing.ids_TK, self.num_experts, routing.kept_TK)
         if self.weight_on == "output" and not self.config.bias:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_TD.dtype
-            layout = lay_out(
-                order_A, offsets.tolist(), *routing.ids_TK.shape, align=1 if dtype == torch.float32 else ALIGN
-            )
+            layout = lay_out(order_A, offsets.tolist(), num_tokens, top_k, 1 if dtype == torch.float32 else ALIGN)
             weights_A = routing.weights_TK.flatten()[layout.order_A] * layout.real_A
             weights = (self.gate, self.up, self.down)
             return GroupedExperts.apply(x_TD, weights_A, layout, self.config, dtype, *weights)
