@@ -60,13 +60,12 @@ def test_bursts_take_capacity_and_ops_raise_the_floor():
 
 
 def test_between_systems_the_api_can_be_cheaper_again():
-    demand = Demand(1.2e10, burstiness=2)
+    demand = Demand(1.6e10, burstiness=2)
     _, host = host_of("gpt-oss-120b", "H100", price=2.95, demand=demand)
-    assert host.break_even(0.2625) < 1.2e10 and host.monthly(1.2e10) > 0.2625 * 1.2e4
+    assert host.break_even(0.2625) < 1.6e10 and host.monthly(1.6e10) > 0.2625 * 1.6e4
     throughout = host.pays_throughout(0.2625)
     assert all(host.monthly(throughout * (1 + step / 50)) <= 0.2625 * throughout * (1 + step / 50) / 1e6 + 1
                for step in range(1, 400))  # fmt: skip
-    assert host.monthly(throughout * 0.99) > 0.2625 * throughout * 0.99 / 1e6 or throughout < 1.2e10
     assert "throughout from" in Costs(demand, host, GPT_OSS, None, "").sentence
 
 

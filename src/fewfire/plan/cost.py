@@ -81,6 +81,15 @@ class SelfHost:
             systems = max(systems + 1, ceil(missing))
         return None
 
+    def pays_throughout(self, api_per_million: float) -> float | None:
+        """The volume above which self-hosting stays cheaper: below it each further system must be filled first."""
+        price, capacity, ops = api_per_million / 1e6, self.useful_capacity, self.demand.ops_usd_per_month
+        gain = capacity * price - self.bill
+        if gain <= 0:
+            return None
+        systems = max(1, ceil((self.bill + ops) / gain))
+        return max((systems * self.bill + ops) / price, (systems - 1) * capacity)
+
 
 def self_host(machine: Machine, demand: Demand) -> SelfHost | None:
     """`machine` as a service; None if it does not fit, has no price, or its prefill speed is unknown.
@@ -94,15 +103,6 @@ def self_host(machine: Machine, demand: Demand) -> SelfHost | None:
         return None
     seconds = (1 - demand.output_share) / rate + demand.output_share / machine.full_load.tokens_per_s
     return SelfHost(machine, demand, HOURS_PER_MONTH * 3600 / seconds, machine.usd_per_hour * HOURS_PER_MONTH)
-
-    def pays_throughout(self, api_per_million: float) -> float | None:
-        """The volume above which self-hosting stays cheaper: below it each further system must be filled first."""
-        price, capacity, ops = api_per_million / 1e6, self.useful_capacity, self.demand.ops_usd_per_month
-        gain = capacity * price - self.bill
-        if gain <= 0:
-            return None
-        systems = max(1, ceil((self.bill + ops) / gain))
-        return max((systems * self.bill + ops) / price, (systems - 1) * capacity)
 
 
 @dataclass(frozen=True)
