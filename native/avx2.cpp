@@ -2,6 +2,9 @@
 #include <immintrin.h>
 
 #include "dispatch.hpp"
+#include "linear.hpp"
+#include "probe.hpp"
+#include "steps.hpp"
 #include "templates.hpp"
 
 namespace fewfire {
@@ -15,8 +18,115 @@ struct Avx2 {
     }
 };
 
+struct Avx2Ops {
+    struct Bytes {
+        __m256i low, high;
+    };
+    using Int = Bytes;
+    struct Float {
+        __m256 low, high;
+    };
+
+    static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static Float zero_float() { return set_float(0.0f); }
+    static Float set_float(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+    static Int set_int(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    static Bytes load_bytes(const std::uint8_t* p) { return {load(p), load(p + 32)}; }
+    static Int load_ints(const std::uint8_t* p) { return load_bytes(p); }
+    static Float load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static Float load_bf16(const std::uint8_t* p) {
+        const auto half = [](const std::uint8_t* from) {
+            const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+            return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+        };
+        return {half(p), half(p + 16)};
+    }
+    static void store_floats(float* p, const Float& x) {
+        _mm256_storeu_ps(p, x.low);
+        _mm256_storeu_ps(p + 8, x.high);
+    }
+    static void store_bytes(std::uint8_t* p, const Bytes& x) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.low);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.high);
+    }
+    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+    static Float add(const Float& a, const Float& b) {
+        return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+    }
+    static Float mul(const Float& a, const Float& b) {
+        return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+    }
+    static Float fused(const Float& sum, const Float& a, const Float& b) {
+        return {_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
+    }
+    static Float to_float(const Int& x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+    static Int multiply_add(const Int& sum, const Int& a, const Int& b) {
+        return {_mm256_add_epi32(sum.low, _mm256_mullo_epi32(a.low, b.low)),
+                _mm256_add_epi32(sum.high, _mm256_mullo_epi32(a.high, b.high))};
+    }
+    static Int add_ints(const Int& a, const Int& b) {
+        return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+    }
+    static Bytes as_bytes(const Int& x) { return x; }
+    static Int signed_nibble(const Int& words, int s) {
+        const auto half = [s](__m256i x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 28 - 4 * s), 28); };
+        return {half(words.low), half(words.high)};
+    }
+    static Bytes low_nibbles(const Bytes& x) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        return {_mm256_and_si256(x.low, mask), _mm256_and_si256(x.high, mask)};
+    }
+    static Bytes high_nibbles(const Bytes& x) {
+        return low_nibbles({_mm256_srli_epi16(x.low, 4), _mm256_srli_epi16(x.high, 4)});
+    }
+    static Bytes look_up(const std::int8_t* book, int offset, const Bytes& index) {
+        const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(book));
+        const __m128i moved = _mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(offset)));
+        const __m256i both = _mm256_broadcastsi128_si256(moved);
+        return {_mm256_shuffle_epi8(both, index.low), _mm256_shuffle_epi8(both, index.high)};
+    }
+    static Bytes stretch(const Bytes& x, const Int& step) {
+        const auto half = [](__m256i bytes, __m256i steps) {
+            const __m256i both =
+                _mm256_or_si256(_mm256_slli_epi32(steps, 16), _mm256_and_si256(steps, _mm256_set1_epi32(0xffff)));
+            const __m256i odd_bytes = _mm256_set1_epi16(static_cast<short>(0xff00));
+            const __m256i even = _mm256_mullo_epi16(bytes, both);
+            const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, odd_bytes), both);
+            return _mm256_xor_si256(_mm256_blendv_epi8(even, odd, odd_bytes), _mm256_set1_epi8(static_cast<char>(0x80)));
+        };
+        return {half(x.low, step.low), half(x.high, step.high)};
+    }
+    // Sums of pairs have 16 bits, so the factor without sign must stay small: the weight's own magnitude, at most 127,
+    // with its sign given to the activation. Nothing is 128 too large then.
+    static Int start(std::int32_t) { return set_int(0); }
+    static Int dot(const Int& sum, const Bytes& w, std::int32_t word) {
+        const __m256i a = _mm256_set1_epi32(word), flip = _mm256_set1_epi8(static_cast<char>(0x80));
+        const auto half = [&](__m256i total, __m256i bytes) {
+            const __m256i value = _mm256_xor_si256(bytes, flip);
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(a, value));
+            return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        };
+        return {half(sum.low, w.low), half(sum.high, w.high)};
+    }
+    // Bytes of at most 127 / 4: pairs cannot overflow.
+    static Int dot_small(const Int& sum, const Bytes& w, std::int32_t word) {
+        const __m256i a = _mm256_set1_epi32(word);
+        const auto half = [&](__m256i total, __m256i bytes) {
+            const __m256i pairs = _mm256_maddubs_epi16(bytes, a);
+            return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        };
+        return {half(sum.low, w.low), half(sum.high, w.high)};
+    }
+};
+
 }  // namespace
 
-void fill_avx2(Table& table) { fill_templates<Avx2>(table); }
+void fill_avx2(Table& table) {
+    fill_templates<Avx2>(table);
+    fill_quantized<Avx2Ops>(table.quantized);
+    fill_steps<Avx2Ops>(table.quantized);
+    fill_probes<Avx2Ops>(table.quantized);
+}
 
 }  // namespace fewfire

@@ -2,6 +2,9 @@
 #include <immintrin.h>
 
 #include "dispatch.hpp"
+#include "linear.hpp"
+#include "probe.hpp"
+#include "steps.hpp"
 #include "templates.hpp"
 
 namespace fewfire {
@@ -14,8 +17,61 @@ struct Avx512 {
     }
 };
 
+struct Avx512Ops {
+    using Bytes = __m512i;
+    using Int = __m512i;
+    using Float = __m512;
+
+    static Float zero_float() { return _mm512_setzero_ps(); }
+    static Float set_float(float x) { return _mm512_set1_ps(x); }
+    static Int set_int(std::int32_t x) { return _mm512_set1_epi32(x); }
+    static Bytes load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+    static Int load_ints(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+    static Float load_floats(const float* p) { return _mm512_loadu_ps(p); }
+    static Float load_bf16(const std::uint8_t* p) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static void store_floats(float* p, Float x) { _mm512_storeu_ps(p, x); }
+    static void store_bytes(std::uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
+    static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float fused(Float sum, Float a, Float b) { return _mm512_fmadd_ps(a, b, sum); }
+    static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
+    static Int multiply_add(Int sum, Int a, Int b) { return _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b)); }
+    static Int add_ints(Int a, Int b) { return _mm512_add_epi32(a, b); }
+    static Bytes as_bytes(Int x) { return x; }
+    static Int signed_nibble(Int words, int s) {
+        return _mm512_srai_epi32(_mm512_slli_epi32(words, static_cast<unsigned>(28 - 4 * s)), 28);
+    }
+    static Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+    static Bytes high_nibbles(Bytes x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+    static Bytes look_up(const std::int8_t* book, int offset, Bytes index) {
+        const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(book));
+        const __m128i moved = _mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(offset)));
+        return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(moved), index);
+    }
+    static Bytes stretch(Bytes x, Int step) {
+        const __m512i both = _mm512_or_si512(_mm512_slli_epi32(step, 16), _mm512_and_si512(step, _mm512_set1_epi32(0xffff)));
+        const __m512i even = _mm512_mullo_epi16(x, both);
+        const __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(x, _mm512_set1_epi16(static_cast<short>(0xff00))), both);
+        const __m512i product = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, even, odd);
+        return _mm512_xor_si512(product, _mm512_set1_epi8(static_cast<char>(0x80)));
+    }
+    static Int start(std::int32_t sum) { return _mm512_set1_epi32(-kByteOffset * sum); }
+    static Int dot(Int sum, Bytes w, std::int32_t word) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(word)); }
+    static Int dot_small(Int sum, Bytes w, std::int32_t word) { return dot(sum, w, word); }
+};
+
 }  // namespace
 
-void fill_avx512(Table& table) { fill_templates<Avx512>(table); }
+void fill_avx512(Table& table) {
+    fill_templates<Avx512>(table);
+    fill_quantized<Avx512Ops>(table.quantized);
+    fill_steps<Avx512Ops>(table.quantized);
+    fill_probes<Avx512Ops>(table.quantized);
+}
 
 }  // namespace fewfire

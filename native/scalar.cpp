@@ -3,6 +3,9 @@
 #include <cstdint>
 
 #include "dispatch.hpp"
+#include "linear.hpp"
+#include "probe.hpp"
+#include "steps.hpp"
 #include "templates.hpp"
 
 namespace fewfire {
@@ -14,6 +17,106 @@ struct Scalar {
     static std::uint32_t greater(const float* p, float bound) {
         return (p[0] > bound) | (p[1] > bound) << 1 | (p[2] > bound) << 2 | (p[3] > bound) << 3;
     }
+};
+
+// The plain meaning of every operation, lane by lane; the compiler makes of it what the baseline has.
+struct ScalarOps {
+    struct Bytes {
+        std::uint8_t at[64];
+    };
+    struct Int {
+        std::int32_t at[16];
+    };
+    struct Float {
+        float at[16];
+    };
+
+    template <class Vector, class Body>
+    static Vector each(Body body) {
+        Vector made;
+        for (int i = 0; i < static_cast<int>(sizeof made.at / sizeof made.at[0]); ++i) made.at[i] = body(i);
+        return made;
+    }
+    template <class Vector>
+    static Vector load(const void* p) {
+        Vector made;
+        std::memcpy(&made, p, sizeof made);
+        return made;
+    }
+
+    static Float zero_float() { return set_float(0.0f); }
+    static Float set_float(float x) { return each<Float>([&](int) { return x; }); }
+    static Int set_int(std::int32_t x) { return each<Int>([&](int) { return x; }); }
+    static Bytes load_bytes(const std::uint8_t* p) { return load<Bytes>(p); }
+    static Int load_ints(const std::uint8_t* p) { return load<Int>(p); }
+    static Float load_floats(const float* p) { return load<Float>(p); }
+    static Float load_bf16(const std::uint8_t* p) {
+        std::uint16_t halves[16];
+        std::memcpy(halves, p, sizeof halves);
+        return each<Float>([&](int i) { return bf16_to_float(halves[i]); });
+    }
+    static void store_floats(float* p, const Float& x) { std::memcpy(p, &x, sizeof x); }
+    static void store_bytes(std::uint8_t* p, const Bytes& x) { std::memcpy(p, &x, sizeof x); }
+    static void prefetch(const void*) {}
+
+    static Float add(const Float& a, const Float& b) {
+        return each<Float>([&](int i) { return a.at[i] + b.at[i]; });
+    }
+    static Float mul(const Float& a, const Float& b) {
+        return each<Float>([&](int i) { return a.at[i] * b.at[i]; });
+    }
+    static Float fused(const Float& sum, const Float& a, const Float& b) {
+        return each<Float>([&](int i) { return std::fma(a.at[i], b.at[i], sum.at[i]); });
+    }
+    static Float to_float(const Int& x) {
+        return each<Float>([&](int i) { return static_cast<float>(x.at[i]); });
+    }
+    static Int multiply_add(const Int& sum, const Int& a, const Int& b) {
+        return each<Int>([&](int i) {
+            const auto product = static_cast<std::uint32_t>(a.at[i]) * static_cast<std::uint32_t>(b.at[i]);
+            return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum.at[i]) + product);
+        });
+    }
+    static Int add_ints(const Int& a, const Int& b) {
+        return each<Int>([&](int i) {
+            return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.at[i]) + static_cast<std::uint32_t>(b.at[i]));
+        });
+    }
+    static Bytes as_bytes(const Int& x) { return load<Bytes>(&x); }
+    static Int signed_nibble(const Int& words, int s) {
+        return each<Int>([&](int i) {
+            const auto shifted = static_cast<std::uint32_t>(words.at[i]) << (28 - 4 * s);
+            return static_cast<std::int32_t>(shifted) >> 28;
+        });
+    }
+    static Bytes low_nibbles(const Bytes& x) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(x.at[i] & 15); });
+    }
+    static Bytes high_nibbles(const Bytes& x) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(x.at[i] >> 4); });
+    }
+    // book[index] + offset, as a byte.
+    static Bytes look_up(const std::int8_t* book, int offset, const Bytes& index) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(book[index.at[i]] + offset); });
+    }
+    // Signed bytes times their row's step, plus 128. 4 bytes a row.
+    static Bytes stretch(const Bytes& x, const Int& step) {
+        return each<Bytes>([&](int i) {
+            return static_cast<std::uint8_t>(static_cast<std::int8_t>(x.at[i]) * step.at[i / 4] + kByteOffset);
+        });
+    }
+    // What `dot` begins with, given the sum of the activations: bytes are 128 too large.
+    static Int start(std::int32_t sum) { return set_int(-kByteOffset * sum); }
+    static Int dot(const Int& sum, const Bytes& w, std::int32_t word) {
+        std::int8_t a[4];
+        std::memcpy(a, &word, 4);
+        return each<Int>([&](int i) {
+            const std::uint8_t* four = w.at + 4 * i;
+            const std::int32_t added = four[0] * a[0] + four[1] * a[1] + four[2] * a[2] + four[3] * a[3];
+            return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum.at[i]) + static_cast<std::uint32_t>(added));
+        });
+    }
+    static Int dot_small(const Int& sum, const Bytes& w, std::int32_t word) { return dot(sum, w, word); }
 };
 
 // `offsets` serves as counts, then as cursors, so that nothing is allocated.
@@ -39,6 +142,9 @@ std::int64_t group_by_expert(const std::int64_t* ids, const std::uint8_t* kept, 
 
 void fill_scalar(Table& table) {
     fill_templates<Scalar>(table);
+    fill_quantized<ScalarOps>(table.quantized);
+    fill_steps<ScalarOps>(table.quantized);
+    fill_probes<ScalarOps>(table.quantized);
     table.group_by_expert = group_by_expert;
 }
 

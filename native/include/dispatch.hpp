@@ -11,12 +11,11 @@
 
 #include <cstdint>
 
+#include "quantized.hpp"
+
 namespace fewfire {
 
 enum class Isa { kScalar, kAvx2, kAvx512 };
-
-// float32 and bfloat16 as they lie in memory.
-using bf16 = std::uint16_t;
 
 // All arrays are contiguous, row-major, owned by the caller, and do not overlap unless said. Sizes are in elements and
 // may be 0. No kernel allocates, throws, or keeps a pointer; all may run on many threads at once over distinct outputs.
@@ -53,6 +52,8 @@ struct Table {
                          std::int64_t width, float* sums);
     void (*sum_rows_bf16)(const bf16* rows, const std::int64_t* positions, std::int64_t count, std::int64_t slots,
                           std::int64_t width, float* sums);
+
+    QuantizedTable quantized;
 };
 
 void fill_scalar(Table& table);

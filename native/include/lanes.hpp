@@ -55,26 +55,6 @@ struct Lanes {
         return total;
     }
 
-private:
-    template <class Vector, class Element>
-    [[gnu::always_inline]] static Vector load_raw(const Element* source, std::int64_t count) {
-        Vector x{};
-        if (count == kWidth) {
-            std::memcpy(&x, source, sizeof x);
-        } else {
-            std::memcpy(&x, source, static_cast<std::size_t>(count) * sizeof(Element));
-        }
-        return x;
-    }
-    template <class Element, class Vector>
-    [[gnu::always_inline]] static void store_raw(Element* target, const Vector& x, std::int64_t count) {
-        if (count == kWidth) {
-            std::memcpy(target, &x, sizeof x);
-        } else {
-            std::memcpy(target, &x, static_cast<std::size_t>(count) * sizeof(Element));
-        }
-    }
-
     // 2^n times a polynomial over |r| <= ln(2) / 2 (Cephes expf). Clamped so that 1 + e^x is finite; NaN passes.
     [[gnu::always_inline]] static Floats exponential(Floats x) {
         constexpr float kLimit = 87.0f, kLog2e = 1.44269504f;
@@ -93,6 +73,26 @@ private:
         p = p * r * r + r + 1.0f;
         const Words scale = (reinterpret_cast<Words>(shifted) << 23) + 0x3f800000u;
         return p * reinterpret_cast<Floats>(scale);
+    }
+
+private:
+    template <class Vector, class Element>
+    [[gnu::always_inline]] static Vector load_raw(const Element* source, std::int64_t count) {
+        Vector x{};
+        if (count == kWidth) {
+            std::memcpy(&x, source, sizeof x);
+        } else {
+            std::memcpy(&x, source, static_cast<std::size_t>(count) * sizeof(Element));
+        }
+        return x;
+    }
+    template <class Element, class Vector>
+    [[gnu::always_inline]] static void store_raw(Element* target, const Vector& x, std::int64_t count) {
+        if (count == kWidth) {
+            std::memcpy(target, &x, sizeof x);
+        } else {
+            std::memcpy(target, &x, static_cast<std::size_t>(count) * sizeof(Element));
+        }
     }
 };
 

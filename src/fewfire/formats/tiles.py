@@ -89,10 +89,15 @@ def encode_q8(values: Tensor) -> Encoded:
 
 def decode_q8(encoded: Encoded, shape: tuple[int, int]) -> Tensor:
     """float32 (N, K)."""
+    integers, scales = split_q8(encoded, shape)
+    return _untile(integers.float() * scales, shape)
+
+
+def split_q8(encoded: Encoded, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The integers int32 (B, G, r, 128) and their float32 scales (B, G, r, 1)."""
     blocks, groups = _grid(shape)
-    codes = _unquads(encoded.codes.reshape(blocks, groups, -1)).float() - Q8_OFFSET
-    scales = encoded.scales.clone().view(torch.bfloat16).float().reshape(blocks, groups, ROWS, 1)
-    return _untile(codes * scales, shape)
+    codes = _unquads(encoded.codes.reshape(blocks, groups, -1)).int() - Q8_OFFSET
+    return codes, encoded.scales.clone().view(torch.bfloat16).float().reshape(blocks, groups, ROWS, 1)
 
 
 def _quads(codes_BGrk: Tensor) -> Tensor:
@@ -191,16 +196,22 @@ def _choose_steps(sub: Tensor, span: Tensor, sign: Tensor, scale: Tensor) -> Ten
 
 def decode_q4(encoded: Encoded, shape: tuple[int, int]) -> Tensor:
     """float32 (N, K)."""
+    integers, scales = split_q4(encoded, shape)
+    return _untile(integers.float() * scales, shape)
+
+
+def split_q4(encoded: Encoded, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The integers int32 (B, G, r, 128), book times sub-scale, and their float32 scales (B, G, r, 1)."""
     blocks, groups = _grid(shape)
     codes = _unnibbles(encoded.codes.reshape(blocks, groups, -1))
-    book = torch.tensor(Q4_BOOK, dtype=torch.float32)
+    book = torch.tensor(Q4_BOOK, dtype=torch.int32)
     stored = encoded.scales.reshape(blocks, groups, 6 * ROWS)
     scales = stored[..., : 2 * ROWS].contiguous().view(torch.bfloat16).float()  # (B, G, r)
     nibbles = stored[..., 2 * ROWS :].reshape(blocks, groups, ROWS, 4)
     steps = torch.stack((nibbles & 15, nibbles >> 4), dim=-1).flatten(3).to(torch.int8)  # (B, G, r, 8)
-    steps = torch.where(steps > 7, steps - 16, steps).float()
+    steps = torch.where(steps > 7, steps - 16, steps).int()
     integers = book[codes.long()].unflatten(-1, (-1, SUB)) * steps[..., None]
-    return _untile(integers.flatten(3) * scales[..., None], shape)
+    return integers.flatten(3), scales[..., None]
 
 
 # ------------------------------------------------------------------------------------------------------------ mxfp4
@@ -242,10 +253,15 @@ _MX_VALUE = torch.tensor([MX_BOOK[code] / 2 for code in _mx_codes()], dtype=torc
 
 def decode_mxfp4(encoded: Encoded, shape: tuple[int, int]) -> Tensor:
     """float32 (N, K). An exponent of 255 means NaN."""
+    integers, scales = split_mxfp4(encoded, shape)
+    return _untile((integers.float() * scales).flatten(3), shape)
+
+
+def split_mxfp4(encoded: Encoded, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The integers int32 (B, G, r, 4, 32), twice the e2m1, and their float32 scales (B, G, r, 4, 1)."""
     blocks, groups = _grid(shape)
     codes = _unnibbles(encoded.codes.reshape(blocks, groups, -1)).unflatten(-1, (-1, MX_GROUP))
     exponents = encoded.scales.reshape(blocks, groups, GROUP // MX_GROUP, ROWS).transpose(2, 3).int()
-    values = torch.tensor(MX_BOOK, dtype=torch.float32)[codes.long()] / 2
-    scaled = torch.ldexp(values, (exponents - 127)[..., None])
-    scaled = torch.where((exponents == 255)[..., None], float("nan"), scaled)
-    return _untile(scaled.flatten(3), shape)
+    scales = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 128)
+    scales = torch.where(exponents == 255, float("nan"), scales)
+    return torch.tensor(MX_BOOK, dtype=torch.int32)[codes.long()], scales[..., None]

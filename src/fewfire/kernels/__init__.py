@@ -2,6 +2,7 @@
 
 from fewfire.kernels.activation import swiglu_backward, swiglu_forward
 from fewfire.kernels.isa import current_isa, keep_freed_memory, set_isa, supported_isas
+from fewfire.kernels.linear import linear, quantize_activations
 from fewfire.kernels.rows import sum_rows
 from fewfire.kernels.selection import group_by_expert, top_k
 
@@ -9,6 +10,8 @@ __all__ = [
     "current_isa",
     "group_by_expert",
     "keep_freed_memory",
+    "linear",
+    "quantize_activations",
     "set_isa",
     "sum_rows",
     "supported_isas",

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from fewfire.formats import Encoded, decode
+from fewfire.formats.tiles import GROUP, split_mxfp4, split_q4, split_q8
 
 
 def top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -60,3 +64,38 @@ def sum_rows(rows_AD: Tensor, positions_TK: Tensor) -> Tensor:
     """Each token's rows added up in slot order, float32."""
     padded = torch.cat((rows_AD.float(), rows_AD.new_zeros((1, rows_AD.shape[1]), dtype=torch.float32)))
     return padded[positions_TK.clamp(min=-1)].sum(dim=1)  # a negative position is the zero row at the end
+
+
+def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (T, G, 128), padded with zeros, and float32 scales (T, G): the largest of a group becomes 127.
+
+    A group with NaN or infinity has a NaN scale and codes of 0; one below 1e-30 has codes of 0.
+    """
+    padded = F.pad(x_TK, (0, -x_TK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest_TG = padded.abs().amax(dim=-1)
+    broken = ~torch.isfinite(padded).all(dim=-1)
+    silent = broken | (largest_TG < 1e-30)
+    inverse = torch.where(silent, torch.zeros(()), 127 / torch.where(silent, 1.0, largest_TG))
+    scaled = torch.where(silent[..., None], torch.zeros(()), padded * inverse[..., None])
+    return scaled.round().to(torch.int8), torch.where(broken, float("nan"), largest_TG / 127)
+
+
+def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> Tensor:
+    """(T, N): x times a weight (N, K) in format `name`. Quantized weights meet quantized activations: integer sums over
+    what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns."""
+    splits = {"q8": split_q8, "q4": split_q4, "mxfp4": split_mxfp4}
+    if name not in splits:
+        return F.linear(x_TK, decode(weight, name, shape))
+    integers, scales = splits[name](weight, shape)  # (B, G, r, [4,] k) and (B, G, r, [4,] 1)
+    run = integers.shape[-1]
+    blocks, groups = integers.shape[:2]
+    ints_NPk = integers.transpose(1, 2).reshape(blocks * 16, groups * GROUP // run, run)
+    scales_NP = scales.transpose(1, 2).reshape(blocks * 16, groups * GROUP // run)
+    codes_TGk, act_scales_TG = quantize_activations(x_TK)
+    codes_TPk = codes_TGk.reshape(x_TK.shape[0], groups * GROUP // run, run)
+    total_TN = torch.zeros((x_TK.shape[0], blocks * 16))
+    for part in range(codes_TPk.shape[1]):
+        exact_TN = codes_TPk[:, part].double() @ ints_NPk[:, part].double().t()
+        both_TN = scales_NP[:, part] * act_scales_TG[:, part * run // GROUP, None]
+        total_TN = total_TN + exact_TN.float() * both_TN
+    return total_TN[:, : shape[0]]

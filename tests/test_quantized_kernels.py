@@ -1,0 +1,144 @@
+"""Quantized products against their plain reference, on every instruction set, over odd sizes; and what must not matter:
+the batch, the threads, the instruction set."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewfire import formats, kernels
+from fewfire.errors import ConfigError
+from fewfire.kernels import reference
+from fewfire.kernels.linear import NATIVE_FORMATS
+
+ISAS = [each for each in kernels.supported_isas() if each != "reference"]
+QUANTIZED = ("q8", "q4", "mxfp4")
+if not ISAS:
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, restore_isa):
+    kernels.set_isa(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 640])
+def test_activations_are_quantized_as_the_reference_does(isa, columns):
+    x = draw(5, columns)
+    x[1] = 0
+    x[2] *= 1e-33
+    x[3] *= 1e30
+    x[4, columns // 2] = 127 * x[4].abs().max()
+    codes, scales, sums = kernels.quantize_activations(x)
+    expected, expected_scales = reference.quantize_activations(x)
+    assert torch.equal(codes, expected.flatten(1)) and torch.equal(scales, expected_scales)
+    groups = scales.shape[1]
+    parts = sums.split((groups, 4 * groups, 8 * groups), dim=1)
+    for part, run in zip(parts, (128, 32, 16), strict=True):
+        assert torch.equal(part, codes.int().unflatten(1, (-1, run)).sum(dim=-1, dtype=torch.int32))
+
+
+def test_what_is_no_number_stays_none(isa):
+    x = draw(3, 200)
+    x[0, 5], x[1, 150] = float("nan"), float("inf")
+    weight = formats.encode(draw(16, 200), "q8")
+    y = kernels.linear(x, weight, "q8", (16, 200))
+    assert bool(torch.isnan(y[:2]).all()) and bool(torch.isfinite(y[2]).all())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 4, 5, 12, 13, 31])
+def test_quantized_products_are_the_reference_bit_for_bit(isa, name, tokens):
+    for rows, columns in ((1, 1), (16, 128), (17, 130), (40, 384)):
+        weight = formats.encode(draw(rows, columns, seed=rows), name)
+        x = draw(tokens, columns, seed=tokens)
+        ours = kernels.linear(x, weight, name, (rows, columns))
+        assert torch.equal(ours, reference.linear(x, weight, name, (rows, columns))), (rows, columns)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_extreme_codes_do_not_overflow(isa, name):
+    """All codes at their limits: what sums of 16 bits would not hold."""
+    size = formats.sizes(name, (16, 256))
+    x = torch.cat((torch.ones(1, 256), -torch.ones(1, 256), torch.ones(5, 256)))
+    for code in (0x00, 0x01, 0x77, 0xFF):
+        scales = torch.full((size.scales,), 0x77 if name == "q4" else 0x40, dtype=torch.uint8)
+        codes = torch.full((size.codes,), max(code, 1) if name == "q8" else code, dtype=torch.uint8)
+        weight = formats.Encoded(codes, scales)
+        for count in (1, 7):
+            ours = kernels.linear(x[:count], weight, name, (16, 256))
+            assert torch.equal(ours, reference.linear(x[:count], weight, name, (16, 256))), (code, count)
+
+
+@settings(max_examples=25)
+@given(
+    name=st.sampled_from(("q8", "q4", "mxfp4", "bf16", "f32")),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 400),
+    tokens=st.integers(1, 20),
+    pick=st.integers(0, 19),
+)
+def test_a_token_alone_is_the_token_in_a_batch(name, rows, columns, tokens, pick):
+    weight, x = formats.encode(draw(rows, columns), name), draw(tokens, columns, seed=1)
+    whole = kernels.linear(x, weight, name, (rows, columns), threads=2)
+    alone = kernels.linear(x[pick % tokens][None], weight, name, (rows, columns), threads=1)
+    assert torch.equal(whole[pick % tokens], alone[0])
+
+
+@pytest.mark.parametrize("name", NATIVE_FORMATS)
+def test_every_instruction_set_gives_the_same_bits(name, restore_isa):
+    weight, x, found = formats.encode(draw(50, 300), name), draw(9, 300), []
+    for each in ISAS:
+        kernels.set_isa(each)
+        found.append(kernels.linear(x, weight, name, (50, 300)))
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize("name", ["bf16", "f32"])
+@pytest.mark.parametrize("columns", [1, 15, 64, 100, 333])
+def test_plain_weights_give_the_product(isa, name, columns):
+    values, x = draw(33, columns), draw(6, columns, seed=2)
+    weight = formats.encode(values, name)
+    expected = x.double() @ formats.decode(weight, name, (33, columns)).double().t()
+    # a sum of `columns` products of float32 in any order
+    torch.testing.assert_close(kernels.linear(x, weight, name, (33, columns)).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_error_of_a_product_is_that_of_the_formats():
+    values, x = draw(256, 1024), draw(16, 1024, seed=1)
+    exact = x @ values.t()
+    for name, most in (("q8", 0.013), ("q4", 0.082), ("f32", 1e-5)):
+        ours = kernels.linear(x, formats.encode(values, name), name, (256, 1024))
+        assert float((ours - exact).norm() / exact.norm()) < most, name
+
+
+def test_gguf_blocks_run_on_the_reference():
+    values, x = draw(32, 256), draw(3, 256, seed=1)
+    weight = formats.encode(values, "q6_k")
+    assert torch.equal(kernels.linear(x, weight, "q6_k", (32, 256)), reference.linear(x, weight, "q6_k", (32, 256)))
+
+
+def test_what_does_not_fit_is_refused():
+    weight = formats.encode(draw(16, 128), "q4")
+    with pytest.raises(ConfigError, match="takes rows of 128"):
+        kernels.linear(draw(2, 64), weight, "q4", (16, 128))
+    with pytest.raises(ConfigError, match="1024"):
+        kernels.linear(draw(2, 128), formats.Encoded(weight.codes[:-1], weight.scales), "q4", (16, 128))
+    with pytest.raises(ConfigError, match="float32"):
+        kernels.linear(draw(2, 128).double(), weight, "q4", (16, 128))
+
+
+def test_many_small_calls_from_several_threads_agree():
+    """The pool is one for all: calls wait for one another, none is lost."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    weight, x = formats.encode(draw(64, 256), "q4"), draw(3, 256)
+    expected = kernels.linear(x, weight, "q4", (64, 256), threads=1)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: kernels.linear(x, weight, "q4", (64, 256), threads=2), range(200)))
+    assert all(torch.equal(each, expected) for each in results)
