@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewfire.checkpoints.pack import is_pack
 from fewfire.checkpoints.source import locate, read_eos_ids, read_tokenizer
 from fewfire.config import ModelConfig, check
 from fewfire.errors import ConfigError
@@ -22,8 +23,10 @@ from fewfire.evaluate.perplexity import Progress
 from fewfire.export import Exported, export, torch_dtype
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
+from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
 from fewfire.runtime.load import load_module
+from fewfire.runtime.packed import load_pack
 from fewfire.runtime.sampling import Sampling
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
@@ -86,8 +89,14 @@ class Model:
         assert isinstance(config, ModelConfig)
         self.config = config
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
-        self.expert_bytes = sum(
-            values.numel() * values.element_size() for name, values in module.named_parameters() if ".experts." in name
+        self.expert_bytes = (
+            module.expert_bytes
+            if isinstance(module, NativeDecoder)
+            else sum(
+                values.numel() * values.element_size()
+                for name, values in module.named_parameters()
+                if ".experts." in name
+            )
         )
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -275,7 +284,12 @@ class Stream(Iterator[str]):
             seed=self.generation.sampler.seed,
             peak_rss_bytes=peak_rss_bytes(),
             experts=Experts(self.model.expert_bytes, measured.expert_calls),
+            **_NATIVE if isinstance(self.model.module, NativeDecoder) else {},
         )
+
+
+# Sums have one order for each token, whatever else runs (runtime/engine.py).
+_NATIVE: dict[str, Any] = {"invariant": True, "invariant_reason": None}
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -306,5 +320,9 @@ def load(
     path = locate(model, show_progress=show_progress)
     if threads is not None:
         torch.set_num_threads(threads)
-    module = load_module(path, dtype=wanted, ignore=ignore_keys)
+    module: torch.nn.Module
+    if is_pack(path):
+        module = load_pack(path, dtype=wanted)
+    else:
+        module = load_module(path, dtype=wanted, ignore=ignore_keys)
     return Model(module, tokenizer=read_tokenizer(path), eos_ids=read_eos_ids(path, module.config), folder=path)

@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "pack": Verb("pack", "pack", "Quantize a checkpoint and lay it out for running"),
     "init": Verb("init", "init", "Random weights of a published shape, straight into a pack"),
     "verify": Verb("verify", "verify", "Compare every byte of a pack with its checksums"),
+    "bench": Verb("bench", "bench", "Prefill and decode speed beside what this machine could do"),
     "export": Verb("export", "export", "Write a model in hub layout, as transformers loads it"),
     "plan": Verb("plan", "plan", "Total and active parameters, memory, fit, speed, cost of a model"),
     "doctor": Verb("doctor", "doctor", "What this machine can do, measured"),
