@@ -42,6 +42,8 @@ def download(hub_id: HubId, *, show_progress: bool = False) -> Path:
     `show_progress`: bars on stderr. Raises: ConfigError where the id, its revision or a file is not there, is gated,
     or there is no network and no copy; BudgetError on a full disk.
     """
+    from huggingface_hub import errors
+
     try:
         if hub_id.file is not None:
             return Path(_fetch_file(hub_id, hub_id.file, show_progress))
@@ -52,9 +54,9 @@ def download(hub_id: HubId, *, show_progress: bool = False) -> Path:
         )
         weights = index_files(folder / INDEX_FILE) if (folder / INDEX_FILE).is_file() else [SINGLE_FILE]
         folder = _fetch(hub_id, weights, folder.name, show_progress)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FewfireError):
-            raise
+    except FewfireError:
+        raise
+    except (OSError, ValueError, errors.HTTPError) as error:
         _explain(hub_id, error)
     missing = [name for name in weights if not (folder / name).is_file()]
     if missing:
@@ -100,7 +102,7 @@ def _explain(hub_id: HubId, error: Exception) -> NoReturn:
         message = f"{name}: there is no revision {hub_id.revision}; name a branch, a tag or a commit"
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = f"{name} is not on the hub, or not for you to see; check the name, or `hf auth login`"
-    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):  # or a part of it is not
         message = f"{name} is not downloaded and the hub cannot be reached; connect, or give a local folder"
     elif isinstance(error, errors.EntryNotFoundError):
         message = f"{name} is not in its repository; check the file's name"
