@@ -196,3 +196,19 @@ def test_impossible_requests_are_refused(model, prompt, limits, message):
 
 def test_peak_memory_is_plausible():
     assert 50 * 2**20 < peak_rss_bytes() < 2**40
+
+
+def test_an_encoder_decoder_generates_as_transformers_does(tmp_path):
+    import tiny_hub
+    from oracle import reference
+    from oracle.specs import SWITCH_SPECS
+
+    from fewfire.runtime.load import load_module
+
+    theirs = reference.make_model(SWITCH_SPECS["switch"])
+    ours = load_module(tiny_hub.save(theirs, tmp_path / "model"))
+    ids = reference.token_ids(11, "prompt")
+    with torch.no_grad():
+        expected = theirs.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=None)[0, 1:].tolist()
+    generation = Generation(ours, ids[0].tolist(), limits=Limits(9))
+    assert list(generation) == expected and generation.measured.prompt_tokens == 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,12 +39,19 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
 
 
 def export(
-    model: str | Path, out: str | Path, *, to: str = "hf", dtype: str | None = None, quant: str | None = None
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str = "hf",
+    dtype: str | None = None,
+    quant: str | None = None,
+    ignore_keys: Sequence[str] = (),
+    show_progress: bool = False,
 ) -> Exported:
     """Write a model as `out`, wholly or not at all, with its tokenizer.
 
     `to` hf: a new folder; `dtype` None keeps every tensor as it is, so that hub to hub is bitwise. `to` gguf: a file;
-    `quant` as `save_gguf` (default fp16).
+    `quant` as `save_gguf` (default fp16). `ignore_keys`, `show_progress`: as `load`.
     Raises: ConfigError where the form cannot express the model or `out` is taken, BudgetError on a full disk.
     """
     check(to in FORMS, f"export to {to!r} is not known; expected one of {', '.join(FORMS)}")
@@ -51,15 +59,17 @@ def export(
     check(to == "hf" or dtype is None, "dtype is for hf; for gguf give a quant, or leave it out")
     wanted = torch_dtype(dtype)
     refuse_occupied(out)
-    path = locate(model)
-    return _to_hub(path, Path(out), wanted) if to == "hf" else _to_gguf(path, Path(out), quant or "fp16")
+    path = locate(model, show_progress=show_progress)
+    if to == "hf":
+        return _to_hub(path, Path(out), wanted, ignore_keys)
+    return _to_gguf(path, Path(out), quant or "fp16", ignore_keys)
 
 
-def _to_hub(path: Path, out: Path, dtype: torch.dtype | None) -> Exported:
+def _to_hub(path: Path, out: Path, dtype: torch.dtype | None, ignore: Sequence[str]) -> Exported:
     if is_pack(path):
         save_hub(load_module(path), out, companions=path, dtype=dtype)
     else:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, ignore=ignore)
         module = fill_module(checkpoint, exact=True)
         if isinstance(checkpoint, HubCheckpoint):
             save_hub(module, out, companions=path, dtype=dtype, like=checkpoint if dtype is None else None)
@@ -69,6 +79,6 @@ def _to_hub(path: Path, out: Path, dtype: torch.dtype | None) -> Exported:
     return Exported(out, [each.name for each in files], sum(each.stat().st_size for each in files))
 
 
-def _to_gguf(path: Path, out: Path, quant: str) -> Exported:
-    notes = save_gguf(load_module(path), out, quant=quant, tokenizer=read_tokenizer(path))
+def _to_gguf(path: Path, out: Path, quant: str, ignore: Sequence[str]) -> Exported:
+    notes = save_gguf(load_module(path, ignore=ignore), out, quant=quant, tokenizer=read_tokenizer(path))
     return Exported(out, [out.name], out.stat().st_size, tuple(notes))

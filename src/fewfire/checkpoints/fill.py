@@ -21,7 +21,7 @@ from fewfire.checkpoints.shards import Shards
 from fewfire.errors import FewfireError, FormatError
 from fewfire.families import HubTensor, Piece, part
 
-SCRATCH_BYTES = 64 * 2**20  # of float32, whatever the files hold
+SCRATCH_BYTES = 32 * 2**20  # of float32, whatever the files hold
 _SMALL = ("norm", "router", "sinks", "select_bias", "head_weights", "a_log", "dt_bias")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ def export(
     to: Annotated[str, typer.Option(help="hf: as transformers and servers load it. gguf: as llama.cpp does.")],
     dtype: Annotated[str | None, typer.Option(help="hf: f32, bf16 or fp16 (default: every tensor as it is).")] = None,
     quant: Annotated[str | None, typer.Option(help="gguf: f32, bf16, fp16 (default), q8_0 or q4_0.")] = None,
+    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json or GGUF to leave aside.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Write a model as others load it. Nothing is left in OUT unless all of it was written."""
@@ -20,7 +22,10 @@ def export(
     from fewfire.cli.output import note, print_json
     from fewfire.sizes import format_bytes
 
-    exported = api.export(model, out, to=to, dtype=dtype, quant=quant)
+    progress = sys.stderr.isatty()
+    exported = api.export(
+        model, out, to=to, dtype=dtype, quant=quant, ignore_keys=ignore_key or (), show_progress=progress
+    )
     for line in exported.notes:
         note(f"note: {line}")
     if as_json:

@@ -27,6 +27,7 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: what was said becomes less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json or GGUF to leave aside.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -34,7 +35,7 @@ def generate(
     text = _read_prompt(prompt)
     from fewfire import api
 
-    loaded = api.load(model, threads=threads, show_progress=sys.stderr.isatty())
+    loaded = api.load(model, threads=threads, ignore_keys=ignore_key or (), show_progress=sys.stderr.isatty())
     stream = loaded.stream(
         text,
         chat=chat,
