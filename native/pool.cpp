@@ -15,6 +15,8 @@ namespace {
 // How long a worker looks for the next job before it sleeps: parts of a token follow one another within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(200);
 
+constexpr int kPatience = 256;  // looks between two offers of the core to others
+
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -117,7 +119,11 @@ void Pool::run_job(std::int64_t num_threads, std::int64_t count, std::int64_t gr
     }
     take_parts(0);
     if (extra > 0) {
-        while (busy_.load(std::memory_order_acquire) > 0) relax();
+        // Where other processes leave both on one core, the waiting one must make room for the working one.
+        for (int rounds = 1; busy_.load(std::memory_order_acquire) > 0; ++rounds) {
+            relax();
+            if (rounds % kPatience == 0) std::this_thread::yield();
+        }
     }
 }
 
@@ -135,7 +141,9 @@ void Pool::work(int worker, std::uint64_t seen) {
         int rounds = 0;
         while (epoch_.load(std::memory_order_acquire) == seen) {
             relax();
-            if (++rounds % 64 == 0 && std::chrono::steady_clock::now() > until) {
+            if (++rounds % kPatience != 0) continue;
+            std::this_thread::yield();
+            if (std::chrono::steady_clock::now() > until) {
                 std::unique_lock<std::mutex> lock(sleep_);
                 asleep_.fetch_add(1);
                 wake_.wait(lock, [&] { return epoch_.load() != seen; });
