@@ -69,7 +69,7 @@ def bench(
     most = max(prompt_tokens, context + new_tokens + 1)
     check(most <= pack.config.max_context, f"{most} tokens exceed the model's context of {pack.config.max_context}")
     threads = torch.get_num_threads()
-    int8 = int8_ops_per_s(threads)
+    int8, before = int8_ops_per_s(threads), read_bytes_per_s(threads)
     start = time.perf_counter()
     module = load_pack(model)
     load_s = time.perf_counter() - start
@@ -77,10 +77,10 @@ def bench(
     ids = torch.randint(0, pack.config.vocab_size, (batch, max(prompt_tokens, context + 1)), generator=generator)
     with torch.inference_mode():
         module.logits(module.hidden(ids[:1, :8])[:, -1])  # pages of code and weights are touched
-        before = read_bytes_per_s(threads)
         prefill_s = _prefill(module, ids[:1, :prompt_tokens])
         decode_s = _decode(module, ids, context, new_tokens)
-        after = read_bytes_per_s(threads)
+    peak = peak_rss_bytes()  # before the probe's own memory is on top of the model's
+    after = read_bytes_per_s(threads)
     bandwidth = (before + after) / 2
     seen = context + new_tokens // 2 if context + new_tokens > 1 else 1
     work = Workload.of(pack.config, pack.formats, max(seen, 1))
@@ -92,7 +92,7 @@ def bench(
         bytes_per_token=round(step_bytes / batch),
         bandwidth_share=step_bytes * new_tokens / decode_s / bandwidth,
         compute_share=prefill_flops(pack.config, prompt_tokens) / prefill_s / int8,
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_rss_bytes=peak,
         load_s=load_s,
         ram_read_bytes_per_s=bandwidth,
         int8_ops_per_s=int8,
