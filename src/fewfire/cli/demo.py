@@ -61,7 +61,7 @@ def _print_plans(out: Console) -> None:
         weights = format_bytes(made.weights.total, binary=False)
         out.print(
             f"  {name:13} {format_count(counts.total):>6} parameters, {weights} to hold; "
-            f"{format_count(counts.active)} active: {format_count(made.flops.total)}FLOP a token"
+            f"{format_count(counts.active)} active: {made.flops.total / 1e9:.0f} GFLOP a token"
         )
         if name == "mixtral-8x7b":
             out.print(f"  {made.sentence}", style="dim", soft_wrap=True)
@@ -81,7 +81,8 @@ def print_result(result: DemoResult, out: Console) -> None:
     for sentence in verdicts(result):
         out.print(f"- {sentence}", soft_wrap=True)
     for line, routes in result.routes.items():
-        out.print(_routes_table(line, routes))
+        out.print(f"\nExperts for: {line.strip()}", style="bold", soft_wrap=True)
+        out.print(_routes_table(routes))
     out.print("\nWhat the MoE writes (prompt in bold)", style="bold")
     for prompt, text in result.samples:
         _print_sample(out, prompt, text)
@@ -136,13 +137,13 @@ def verdicts(result: DemoResult) -> list[str]:
     ]
 
 
-def _routes_table(line: str, routes: list[tuple[str, list[list[int]]]]) -> Any:
+def _routes_table(routes: list[tuple[str, list[list[int]]]]) -> Any:
     from rich.text import Text
 
     from fewfire.cli.output import table
 
     layers = len(routes[0][1]) if routes else 0
-    shown = table("token", *(f"layer {layer}" for layer in range(layers)), title=f"\nExperts for: {line.strip()}")
+    shown = table("token", *(f"MoE layer {layer + 1}" for layer in range(layers)))
     for piece, chosen in routes:
         cells = (Text("+".join(str(expert) for expert in experts)) for experts in chosen)
         shown.add_row(Text(repr(piece)[1:-1]), *cells)

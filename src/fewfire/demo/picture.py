@@ -68,9 +68,9 @@ def _draw_loads(figure: Any, loads: dict[str, list[list[int]]]) -> None:
     for axes, (run, rows) in zip(axes_list, shares.items()):
         image = axes.imshow(rows, aspect="auto", cmap="magma", vmin=0, vmax=4, interpolation="nearest")
         peak = max(max(row) for row in rows)
-        axes.set(title=f"{NAMES[run]}: busiest expert {peak:.1f}x its fair share", ylabel="layer")
+        axes.set(title=f"{NAMES[run]}: busiest expert {peak:.1f}x its fair share", ylabel="MoE layer")
         axes.title.set_fontsize(10)
-        axes.set_yticks(range(len(rows)))
+        axes.set_yticks(range(len(rows)), [str(number + 1) for number in range(len(rows))])
         axes.set_xticks(range(0, len(rows[0]), max(1, len(rows[0]) // 16)))
     axes_list[-1].set_xlabel("expert")
     if image is not None:
