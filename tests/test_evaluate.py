@@ -110,6 +110,20 @@ def test_a_real_model_against_transformers(folder, text_file):
     assert figures.perplexity == pytest.approx(float(nats.exp()), rel=1e-4)  # float32 on both sides
 
 
+def test_a_pack_is_evaluated_like_any_model(text_file, tmp_path):
+    """The native engine's bf16 and 8-bit weights and activations cost a little; random weights hide nothing."""
+    from fewfire.quantize import pack
+
+    model = tiny_hub.make("qwen3_moe", vocab_size=VOCAB, num_attention_heads=2, num_key_value_heads=1)
+    TOKENIZER.save(tiny_hub.save(model, tmp_path / "hub"))
+    expected = fewfire.load(tmp_path / "hub").evaluate(text_file, context=32)
+    pack(tmp_path / "hub", tmp_path / "q8", quant="q8")
+    quantized = fewfire.load(tmp_path / "q8").evaluate(text_file, context=32)
+    assert quantized.tokens == expected.tokens and quantized.num_bytes == expected.num_bytes
+    assert quantized.perplexity == pytest.approx(expected.perplexity, rel=0.05)
+    assert quantized.perplexity != expected.perplexity
+
+
 def test_texts_stand_alone_and_padding_changes_nothing(folder, tmp_path):
     texts = [TEXT[:200], "short", TEXT[50:90], "é"]
     model = fewfire.load(folder)

@@ -15,13 +15,14 @@ _DATA = "A text file, JSONL, Parquet, or a folder of them; JSONL of question (or
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, a .gguf file, a training run, or demo.")],
+    model: Annotated[str, typer.Argument(help="A folder, a pack, a .gguf file, a hub id, or demo.")],
     data: Annotated[str, typer.Argument(help=_DATA)],
     field: Annotated[str, typer.Option(help="Where a JSONL line or a Parquet row has its text.")] = "text",
     context: Annotated[int | None, typer.Option(help="Tokens read at once (default: 2048, or all).")] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens scored a window (default: the context).")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Score this many tokens at most.")] = None,
     like: Annotated[str, typer.Option(help="Whose windows: lm-eval (every token counts) or llama.cpp.")] = "lm-eval",
+    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json or GGUF to leave aside.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -32,7 +33,7 @@ def evaluate(
     from fewfire.data import corpus_files
 
     corpus_files(data)  # a mistyped path is said before a model is loaded
-    loaded = api.load(model, threads=threads)
+    loaded = api.load(model, threads=threads, ignore_keys=ignore_key or (), show_progress=sys.stderr.isatty())
     options = {"context": context, "stride": stride, "max_tokens": max_tokens, "like": like}
     with EvalProgress() as progress:
         figures = loaded.evaluate(data, field=field, progress=progress.report, **options)
