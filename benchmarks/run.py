@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("train_speed.py",)
+BENCHMARKS = ("train_speed.py", "load_speed.py")
 
 
 def main() -> int:

@@ -7,7 +7,6 @@ most about `SCRATCH_BYTES` a thread.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from fewfire.errors import FewfireError, FormatError
 from fewfire.families import HubTensor, Piece, part
 
 SCRATCH_BYTES = 32 * 2**20  # of float32, whatever the files hold
+_THREADS = 4  # more than cores: one waits for the disk while another makes pages
 _SMALL = ("norm", "router", "sinks", "select_bias", "head_weights", "a_log", "dt_bias")
 
 
@@ -49,7 +49,7 @@ def give_values(
     exactly, or module and `dtypes` do not name the same ones.
     """
     targets, filled = _allocate(module, dtypes), Counter[str]()
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         try:
             for placed in pool.map(lambda job: place(job, targets), jobs):
                 for name, count in placed:
