@@ -132,9 +132,9 @@ def test_senseless_sampling_is_refused(field, value):
 # ---------------------------------------------------------------------------------------------------- generation
 
 
+@pytest.mark.parametrize("prompt", [[3, 14, 15, 9, 2, 6, 5], [7], [60, 1, 33], [8, 8, 8, 21, 50, 4, 4, 4, 4]], ids=len)
 @pytest.mark.parametrize("prefill_chunk", [None, 1, 3, 512])
-def test_greedy_equals_the_argmax_of_full_forwards(model, prefill_chunk):
-    prompt = [3, 14, 15, 9, 2, 6, 5]
+def test_greedy_equals_the_argmax_of_full_forwards(model, prefill_chunk, prompt):
     expected = list(prompt)
     with torch.no_grad():
         for _ in range(12):
