@@ -23,14 +23,22 @@ struct Avx2Ops {
         __m256i low, high;
     };
     using Int = Bytes;
+    using Word = __m256i;
     struct Float {
         __m256 low, high;
     };
+    static constexpr int kTokens = 4, kBlocks = 1;
 
     static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static Float zero_float() { return set_float(0.0f); }
     static Float set_float(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     static Int set_int(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+    static Int zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Word word(const std::int8_t* p) {
+        std::int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm256_set1_epi32(four);
+    }
     static Bytes load_bytes(const std::uint8_t* p) { return {load(p), load(p + 32)}; }
     static Int load_ints(const std::uint8_t* p) { return load_bytes(p); }
     static Float load_floats(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -69,8 +77,9 @@ struct Avx2Ops {
         return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
     }
     static Bytes as_bytes(const Int& x) { return x; }
-    static Int signed_nibble(const Int& words, int s) {
-        const auto half = [s](__m256i x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 28 - 4 * s), 28); };
+    template <int s>
+    static Int signed_nibble(const Int& words) {
+        const auto half = [](__m256i x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 28 - 4 * s), 28); };
         return {half(words.low), half(words.high)};
     }
     static Bytes low_nibbles(const Bytes& x) {
@@ -99,9 +108,10 @@ struct Avx2Ops {
     }
     // Sums of pairs have 16 bits, so the factor without sign must stay small: the weight's own magnitude, at most 127,
     // with its sign given to the activation. Nothing is 128 too large then.
-    static Int start(std::int32_t) { return set_int(0); }
-    static Int dot(const Int& sum, const Bytes& w, std::int32_t word) {
-        const __m256i a = _mm256_set1_epi32(word), flip = _mm256_set1_epi8(static_cast<char>(0x80));
+    static Int start(const std::int32_t*) { return zero_int(); }
+    static Int start_small(const std::int32_t* p) { return set_int(*p); }
+    static Int dot(const Int& sum, const Bytes& w, Word a) {
+        const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));
         const auto half = [&](__m256i total, __m256i bytes) {
             const __m256i value = _mm256_xor_si256(bytes, flip);
             const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(a, value));
@@ -109,9 +119,8 @@ struct Avx2Ops {
         };
         return {half(sum.low, w.low), half(sum.high, w.high)};
     }
-    // Bytes of at most 127 / 4: pairs cannot overflow.
-    static Int dot_small(const Int& sum, const Bytes& w, std::int32_t word) {
-        const __m256i a = _mm256_set1_epi32(word);
+    // Bytes of at most 127: pairs cannot overflow.
+    static Int dot_small(const Int& sum, const Bytes& w, Word a) {
         const auto half = [&](__m256i total, __m256i bytes) {
             const __m256i pairs = _mm256_maddubs_epi16(bytes, a);
             return _mm256_add_epi32(total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));

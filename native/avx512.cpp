@@ -20,11 +20,19 @@ struct Avx512 {
 struct Avx512Ops {
     using Bytes = __m512i;
     using Int = __m512i;
+    using Word = __m512i;
     using Float = __m512;
+    static constexpr int kTokens = 12, kBlocks = 2;
 
     static Float zero_float() { return _mm512_setzero_ps(); }
     static Float set_float(float x) { return _mm512_set1_ps(x); }
     static Int set_int(std::int32_t x) { return _mm512_set1_epi32(x); }
+    static Int zero_int() { return _mm512_setzero_si512(); }
+    static Word word(const std::int8_t* p) {
+        std::int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm512_set1_epi32(four);
+    }
     static Bytes load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
     static Int load_ints(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
     static Float load_floats(const float* p) { return _mm512_loadu_ps(p); }
@@ -43,7 +51,8 @@ struct Avx512Ops {
     static Int multiply_add(Int sum, Int a, Int b) { return _mm512_add_epi32(sum, _mm512_mullo_epi32(a, b)); }
     static Int add_ints(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static Bytes as_bytes(Int x) { return x; }
-    static Int signed_nibble(Int words, int s) {
+    template <int s>
+    static Int signed_nibble(Int words) {
         return _mm512_srai_epi32(_mm512_slli_epi32(words, static_cast<unsigned>(28 - 4 * s)), 28);
     }
     static Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
@@ -60,9 +69,14 @@ struct Avx512Ops {
         const __m512i product = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, even, odd);
         return _mm512_xor_si512(product, _mm512_set1_epi8(static_cast<char>(0x80)));
     }
-    static Int start(std::int32_t sum) { return _mm512_set1_epi32(-kByteOffset * sum); }
-    static Int dot(Int sum, Bytes w, std::int32_t word) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(word)); }
-    static Int dot_small(Int sum, Bytes w, std::int32_t word) { return dot(sum, w, word); }
+    static Int start(const std::int32_t* p) { return _mm512_set1_epi32(*p); }
+    static Int start_small(const std::int32_t* p) { return start(p); }
+    // In assembly because GCC 12 copies every accumulator of the intrinsic twice a step.
+    static Int dot(Int sum, Bytes w, Word word) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(word));
+        return sum;
+    }
+    static Int dot_small(Int sum, Bytes w, Word word) { return dot(sum, w, word); }
 };
 
 }  // namespace

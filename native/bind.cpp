@@ -135,7 +135,9 @@ void linear(int format, std::uintptr_t codes, std::uintptr_t scales, std::int64_
                                     pointer<std::int32_t>(sums), columns, columns};
     const fewfire::Matrix weight = matrix(format, codes, scales, rows, columns);
     const auto scratch_bytes = static_cast<std::size_t>(fewfire::linear_scratch(columns, tokens));
-    fewfire::Pool::shared().run(num_threads, weight.blocks(), 1, [&](std::int64_t begin, std::int64_t end, int worker) {
+    const std::int64_t parts = 4 * (num_threads > 0 ? num_threads : fewfire::Pool::shared().size());
+    const std::int64_t grain = (weight.blocks() + parts - 1) / parts;
+    fewfire::Pool::shared().run(num_threads, weight.blocks(), grain, [&](std::int64_t begin, std::int64_t end, int worker) {
         table().quantized.linear(weight, begin, end, acts, nullptr, tokens, pointer<float>(out), rows,
                                  fewfire::Pool::shared().scratch(worker, scratch_bytes));
     });

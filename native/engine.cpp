@@ -432,11 +432,7 @@ void Engine::run_experts(const MoeSpec& spec, Step& step) {
     } else {
         step.parallel(count, std::max<std::int64_t>(1, (count + 7) / 8),
                       [&](std::int64_t begin, std::int64_t end, int worker) {
-                          Activations part = acts;
-                          part.values += begin * part.stride;
-                          part.codes += begin * part.groups() * kGroup;
-                          part.scales += begin * part.groups();
-                          part.sums += begin * part.groups() * kSums;
+                          const Activations part = acts.from(begin);
                           step.linear(spec.router, 0, spec.router.blocks(), part, nullptr, end - begin,
                                       step.logits.data() + begin * room, room, worker);
                           for (std::int64_t t = begin; t < end; ++t) route(spec, t, step);
@@ -507,11 +503,7 @@ void Engine::expert_outputs(const MoeSpec& spec, Step& step) {
             const std::int64_t slot = step.starts[static_cast<std::size_t>(e)];
             const std::int64_t tokens = step.starts[static_cast<std::size_t>(e) + 1] - slot;
             if (tokens == 0) continue;
-            Activations part = hidden;
-            part.values += slot * width;
-            part.codes += slot * part.groups() * kGroup;
-            part.scales += slot * part.groups();
-            part.sums += slot * part.groups() * kSums;
+            const Activations part = hidden.from(slot);
             const auto bytes = static_cast<std::size_t>((tokens * rows * 4 + 63) / 64 * 64);
             auto* out = reinterpret_cast<float*>(Pool::shared().scratch(
                 worker, static_cast<std::size_t>(linear_scratch(width, tokens)) + bytes));

@@ -30,6 +30,10 @@ struct ScalarOps {
     struct Float {
         float at[16];
     };
+    struct Word {
+        std::int8_t at[4];
+    };
+    static constexpr int kTokens = 4, kBlocks = 1;
 
     template <class Vector, class Body>
     static Vector each(Body body) {
@@ -47,6 +51,8 @@ struct ScalarOps {
     static Float zero_float() { return set_float(0.0f); }
     static Float set_float(float x) { return each<Float>([&](int) { return x; }); }
     static Int set_int(std::int32_t x) { return each<Int>([&](int) { return x; }); }
+    static Int zero_int() { return set_int(0); }
+    static Word word(const std::int8_t* p) { return load<Word>(p); }
     static Bytes load_bytes(const std::uint8_t* p) { return load<Bytes>(p); }
     static Int load_ints(const std::uint8_t* p) { return load<Int>(p); }
     static Float load_floats(const float* p) { return load<Float>(p); }
@@ -83,7 +89,8 @@ struct ScalarOps {
         });
     }
     static Bytes as_bytes(const Int& x) { return load<Bytes>(&x); }
-    static Int signed_nibble(const Int& words, int s) {
+    template <int s>
+    static Int signed_nibble(const Int& words) {
         return each<Int>([&](int i) {
             const auto shifted = static_cast<std::uint32_t>(words.at[i]) << (28 - 4 * s);
             return static_cast<std::int32_t>(shifted) >> 28;
@@ -105,18 +112,18 @@ struct ScalarOps {
             return static_cast<std::uint8_t>(static_cast<std::int8_t>(x.at[i]) * step.at[i / 4] + kByteOffset);
         });
     }
-    // What `dot` begins with, given the sum of the activations: bytes are 128 too large.
-    static Int start(std::int32_t sum) { return set_int(-kByteOffset * sum); }
-    static Int dot(const Int& sum, const Bytes& w, std::int32_t word) {
-        std::int8_t a[4];
-        std::memcpy(a, &word, 4);
+    // What a run's sum begins with: bytes are too large by an offset, which `dot` of another instruction set may undo
+    // itself. For dot, and for dot_small, whose bytes are at most 127.
+    static Int start(const std::int32_t* p) { return set_int(*p); }
+    static Int start_small(const std::int32_t* p) { return start(p); }
+    static Int dot(const Int& sum, const Bytes& w, const Word& a) {
         return each<Int>([&](int i) {
             const std::uint8_t* four = w.at + 4 * i;
-            const std::int32_t added = four[0] * a[0] + four[1] * a[1] + four[2] * a[2] + four[3] * a[3];
+            const std::int32_t added = four[0] * a.at[0] + four[1] * a.at[1] + four[2] * a.at[2] + four[3] * a.at[3];
             return static_cast<std::int32_t>(static_cast<std::uint32_t>(sum.at[i]) + static_cast<std::uint32_t>(added));
         });
     }
-    static Int dot_small(const Int& sum, const Bytes& w, std::int32_t word) { return dot(sum, w, word); }
+    static Int dot_small(const Int& sum, const Bytes& w, const Word& a) { return dot(sum, w, a); }
 };
 
 // `offsets` serves as counts, then as cursors, so that nothing is allocated.

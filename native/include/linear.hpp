@@ -1,15 +1,18 @@
 // Quantized products, one source for every instruction set. See quantized.hpp for what they promise.
 //
 // Included once by each instruction set's file: everything is in an anonymous namespace (see dispatch.hpp). `Ops` gives
-// vectors of 64 bytes (Bytes), 16 int32 (Int) and 16 float (Float).
+// vectors of 64 bytes (Bytes), 16 int32 (Int), 16 float (Float) and 4 bytes repeated (Word), and how many tokens
+// (kTokens) times blocks of 16 rows (kBlocks) its registers hold the sums of. No result depends on those two.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
+#include "activations.hpp"
 #include "quantized.hpp"
 
 namespace fewfire {
@@ -20,12 +23,6 @@ alignas(16) constexpr std::int8_t kQ4Book[16] = {-18, -15, -12, -10, -8, -6, -4,
 alignas(16) constexpr std::int8_t kMxBook[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 constexpr int kQ4Offset = 18, kMxOffset = 12, kByteOffset = 128;
 
-inline std::int32_t load_word(const void* p) {
-    std::int32_t word;
-    std::memcpy(&word, p, 4);
-    return word;
-}
-
 inline float bf16_to_float(std::uint16_t bits) {
     const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
     float value;
@@ -33,150 +30,144 @@ inline float bf16_to_float(std::uint16_t bits) {
     return value;
 }
 
-// ------------------------------------------------------------------------------------------------- activations
-
-inline void quantize_row(const float* x, std::int64_t columns, std::int8_t* codes, float* scales, std::int32_t* sums) {
-    const std::int64_t groups = (columns + kGroup - 1) / kGroup;
-    std::int32_t* sums32 = sums + groups;
-    std::int32_t* sums16 = sums32 + 4 * groups;
-    for (std::int64_t g = 0; g < groups; ++g) {
-        float part[kGroup] = {};
-        std::memcpy(part, x + g * kGroup, static_cast<std::size_t>(std::min(kGroup, columns - g * kGroup)) * 4);
-        std::uint32_t bits[kGroup];
-        std::memcpy(bits, part, sizeof part);
-        // Magnitudes compare as integers; what is not finite is the largest.
-        std::uint32_t most = 0;
-        for (int i = 0; i < kGroup; ++i) most = std::max(most, bits[i] & 0x7fffffffu);
-        float largest;
-        std::memcpy(&largest, &most, 4);
-        const bool broken = most >= 0x7f800000u;
-        const float inverse = broken || largest < 1e-30f ? 0.0f : 127.0f / largest;
-        scales[g] = broken ? NAN : largest / 127.0f;
-        std::int32_t integers[kGroup];
-        constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: to nearest, ties to even
-        for (int i = 0; i < kGroup; ++i) {
-            const float scaled = inverse == 0.0f ? 0.0f : part[i] * inverse;
-            integers[i] = static_cast<std::int32_t>((scaled + kRounder) - kRounder);
-        }
-        for (int i = 0; i < kGroup; ++i) codes[g * kGroup + i] = static_cast<std::int8_t>(integers[i]);
-        std::int32_t total = 0;
-        for (int s = 0; s < 8; ++s) {
-            std::int32_t sum = 0;
-            for (int i = 0; i < 16; ++i) sum += integers[16 * s + i];
-            sums16[8 * g + s] = sum;
-            total += sum;
-        }
-        for (int s = 0; s < 4; ++s) sums32[4 * g + s] = sums16[8 * g + 2 * s] + sums16[8 * g + 2 * s + 1];
-        sums[g] = total;
-    }
+// body(integral_constant) for 0 .. kCount - 1. A loop would do, but GCC unrolls loops too late to keep an array of
+// accumulators in registers: it then stores each one at every step.
+template <int kCount, class Body>
+[[gnu::always_inline]] inline void unroll(const Body& body) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) [[gnu::always_inline]] {
+        (body(std::integral_constant<int, kIndex>{}), ...);
+    }(std::make_integer_sequence<int, kCount>{});
 }
 
-inline void quantize_rows(const Activations& acts, std::int64_t first, std::int64_t count) {
-    const std::int64_t groups = acts.groups();
-    for (std::int64_t t = first; t < first + count; ++t) {
-        quantize_row(acts.values + t * acts.stride, acts.columns, acts.codes + t * groups * kGroup,
-                     acts.scales + t * groups, acts.sums + t * groups * kSums);
-    }
-}
-
-// Tokens side by side, so that one pointer walks all of them: word q * n + t is 4 codes of token t.
-struct Tile {
-    const std::int32_t* words;
-    const float* scales;         // g * n + t
-    const std::int32_t* sums;    // g * n + t
-    const std::int32_t* sums32;  // (4 g + s) * n + t
-    const std::int32_t* sums16;  // (8 g + s) * n + t
+// Where the products of a block's 16 rows with tokens go: token t's begin at first + t * stride; `rows` of them exist.
+struct Target {
+    float* first;
+    std::int64_t stride, rows;
 };
 
-inline Tile make_tile(const Activations& acts, const std::int32_t* tokens, std::int64_t first, int n,
-                      std::uint8_t*& scratch) {
-    const std::int64_t groups = acts.groups(), words = groups * kGroup / 4;
-    auto* to_words = reinterpret_cast<std::int32_t*>(scratch);
-    auto* to_scales = reinterpret_cast<float*>(to_words + words * n);
-    auto* to_sums = reinterpret_cast<std::int32_t*>(to_scales + groups * n);
-    for (int t = 0; t < n; ++t) {
-        const std::int64_t row = tokens == nullptr ? first + t : tokens[first + t];
-        const std::int8_t* codes = acts.codes + row * groups * kGroup;
-        for (std::int64_t q = 0; q < words; ++q) to_words[q * n + t] = load_word(codes + 4 * q);
-        for (std::int64_t g = 0; g < groups; ++g) to_scales[g * n + t] = acts.scales[row * groups + g];
-        const std::int32_t* sums = acts.sums + row * groups * kSums;
-        for (std::int64_t g = 0; g < groups * kSums; ++g) to_sums[g * n + t] = sums[g];
-    }
-    scratch = reinterpret_cast<std::uint8_t*>(to_sums + groups * kSums * n);
-    return {to_words, to_scales, to_sums, to_sums + groups * n, to_sums + 5 * groups * n};
+template <class Ops>
+void put(const Target& target, int t, typename Ops::Float x) {
+    float* to = target.first + t * target.stride;
+    if (target.rows == kRows) return Ops::store_floats(to, x);
+    float lanes[kRows];
+    Ops::store_floats(lanes, x);
+    std::memcpy(to, lanes, static_cast<std::size_t>(target.rows) * 4);
 }
 
 // ---------------------------------------------------------------------------------------- whole bytes, many tokens
 
-// `panel`: bytes + 128 in q8's order; `scales`: 16 floats for every 4 * kQuads columns. out: (n, 16).
-template <class Ops, int kTokens, int kQuads>
-void multiply_bytes(const std::uint8_t* panel, const float* scales, const Tile& tile, std::int64_t groups, float* out) {
-    constexpr int kParts = 32 / kQuads;  // runs of columns that share a weight scale, in one activation group
-    typename Ops::Float total[kTokens];
-    for (int t = 0; t < kTokens; ++t) total[t] = Ops::zero_float();
-    const std::int32_t* words = tile.words;
-    const std::int32_t* sums = kParts == 1 ? tile.sums : tile.sums32;
-    for (std::int64_t g = 0; g < groups; ++g) {
-        for (int part = 0; part < kParts; ++part) {
-            typename Ops::Int acc[kTokens];
-            for (int t = 0; t < kTokens; ++t) acc[t] = Ops::start(sums[t]);
-            sums += kTokens;
-            for (int q = 0; q < kQuads; ++q) {
-                const typename Ops::Bytes w = Ops::load_bytes(panel);
-                panel += 64;
-                for (int t = 0; t < kTokens; ++t) acc[t] = Ops::dot(acc[t], w, words[t]);
-                words += kTokens;
+// Some groups of one block's weights: bytes + 128 in q8's order, and 16 scales for every run of columns that shares them.
+struct Panel {
+    const std::uint8_t* bytes;
+    const float* scales;
+};
+
+// Stores before it are done, loads after it not yet.
+[[gnu::always_inline]] inline void settle() { __asm__ volatile("" ::: "memory"); }
+
+// Where totals come from, and go: those of block b and token t lie at b * block + t * token. Null: they begin with zeros.
+struct Totals {
+    const float* from;
+    float* to;
+    std::int64_t from_block, from_token, to_block, to_token;
+};
+
+// Totals += `groups` groups of the panels times those of the tile.
+template <class Ops, int kTokens, int kBlocks, int kQuads>
+void multiply_bytes(const Panel* panels, const Tile& tile, std::int64_t groups, Totals totals) {
+    constexpr int kRuns = 32 / kQuads;  // in one activation group
+    alignas(64) std::int32_t sums[kBlocks * kTokens][kRows];
+    const std::uint8_t* bytes[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) bytes[b] = panels[b].bytes;
+    const std::int32_t* starts = tile.starts;
+    const std::int8_t* codes = tile.codes;
+    for (std::int64_t g = 0; g < groups; ++g, codes += kTokens * kGroup) {
+        for (int run = 0; run < kRuns; ++run, starts += kTokens) {
+            typename Ops::Int acc[kBlocks * kTokens];
+            unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start(starts + i % kTokens); });
+            const std::int8_t* at = codes + run * kQuads * 4;
+            const std::int8_t* next = codes + kTokens * kGroup + run * kQuads * 64;
+            for (int q = 0; q < kQuads; ++q, at += 4) {
+                typename Ops::Bytes w[kBlocks];
+                unroll<kBlocks>([&](auto b) { w[b] = Ops::load_bytes(bytes[b] + 64 * q); });
+                Ops::prefetch(next + 64 * q);
+                unroll<kTokens>([&](auto t) {
+                    const typename Ops::Word word = Ops::word(at + t * kGroup);
+                    unroll<kBlocks>([&](auto b) {
+                        acc[b * kTokens + t] = Ops::dot(acc[b * kTokens + t], w[b], word);
+                    });
+                });
             }
-            const typename Ops::Float scale = Ops::load_floats(scales);
-            scales += kRows;
-            for (int t = 0; t < kTokens; ++t) {
-                const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
-                total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(acc[t]), both));
+            // Through memory: what scales the sums would otherwise take the registers that hold them.
+            unroll<kBlocks * kTokens>([&](auto i) {
+                Ops::store_bytes(reinterpret_cast<std::uint8_t*>(sums[i]), Ops::as_bytes(acc[i]));
+            });
+            settle();
+            for (int b = 0; b < kBlocks; ++b) {
+                bytes[b] += 64 * kQuads;
+                const typename Ops::Float scale = Ops::load_floats(panels[b].scales + (g * kRuns + run) * kRows);
+                const float* token_scales = tile.scales + g * kTokens;
+                const float* from = totals.from + b * totals.from_block;
+                float* to = totals.to + b * totals.to_block;
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t) {
+                    const auto* sum = reinterpret_cast<const std::uint8_t*>(sums[b * kTokens + t]);
+                    const typename Ops::Float both = Ops::mul(scale, Ops::set_float(token_scales[t]));
+                    const typename Ops::Float added = Ops::mul(Ops::to_float(Ops::load_ints(sum)), both);
+                    const bool begins = totals.from == nullptr;
+                    const typename Ops::Float total = begins ? Ops::zero_float() : Ops::load_floats(from + t * totals.from_token);
+                    Ops::store_floats(to + t * totals.to_token, Ops::add(total, added));
+                }
             }
+            totals.from = totals.to, totals.from_block = totals.to_block, totals.from_token = totals.to_token;
         }
     }
-    for (int t = 0; t < kTokens; ++t) Ops::store_floats(out + t * kRows, total[t]);
 }
 
 // ------------------------------------------------------------------------------------- nibbles, few tokens
 
+// acc += the products of one line of nibbles, 8 columns, whose codes are at `at`.
+template <class Ops, int kTokens>
+[[gnu::always_inline]] inline void add_line(typename Ops::Int* acc, const std::uint8_t* line, const std::int8_t* book,
+                                            int offset, const std::int8_t* at) {
+    const typename Ops::Bytes x = Ops::load_bytes(line);
+    Ops::prefetch(line + 4096);
+    const typename Ops::Bytes low = Ops::look_up(book, offset, Ops::low_nibbles(x));
+    const typename Ops::Bytes high = Ops::look_up(book, offset, Ops::high_nibbles(x));
+    unroll<kTokens>([&](auto t) { acc[t] = Ops::dot_small(acc[t], low, Ops::word(at + t * kGroup)); });
+    unroll<kTokens>([&](auto t) { acc[t] = Ops::dot_small(acc[t], high, Ops::word(at + t * kGroup + 4)); });
+}
+
 template <class Ops, int kTokens>
 void multiply_q4(const std::uint8_t* codes, const std::uint8_t* scales, const Tile& tile, std::int64_t groups,
-                 float* out) {
+                 const Target& target) {
     typename Ops::Float total[kTokens];
-    for (int t = 0; t < kTokens; ++t) total[t] = Ops::zero_float();
-    const std::int32_t* words = tile.words;
-    const std::int32_t* sums = tile.sums16;
-    for (std::int64_t g = 0; g < groups; ++g) {
+    unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
+    const std::int8_t* at = tile.codes;
+    const std::int32_t* starts = tile.starts;
+    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
         const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
         typename Ops::Int whole[kTokens];
-        for (int t = 0; t < kTokens; ++t) whole[t] = Ops::set_int(0);
-#pragma GCC unroll 8
-        for (int s = 0; s < 8; ++s) {
+        unroll<kTokens>([&](auto t) { whole[t] = Ops::zero_int(); });
+        unroll<8>([&](auto s) {
             typename Ops::Int acc[kTokens];
-            for (int t = 0; t < kTokens; ++t) acc[t] = Ops::set_int(-kQ4Offset * sums[t]);
-            sums += kTokens;
-            for (int line = 0; line < 2; ++line) {
-                const typename Ops::Bytes x = Ops::load_bytes(codes);
-                Ops::prefetch(codes + 4096);
-                codes += 64;
-                const typename Ops::Bytes low = Ops::look_up(kQ4Book, kQ4Offset, Ops::low_nibbles(x));
-                const typename Ops::Bytes high = Ops::look_up(kQ4Book, kQ4Offset, Ops::high_nibbles(x));
-                for (int t = 0; t < kTokens; ++t) acc[t] = Ops::dot_small(acc[t], low, words[t]);
-                for (int t = 0; t < kTokens; ++t) acc[t] = Ops::dot_small(acc[t], high, words[kTokens + t]);
-                words += 2 * kTokens;
-            }
-            const typename Ops::Int step = Ops::signed_nibble(steps, s);
-            for (int t = 0; t < kTokens; ++t) whole[t] = Ops::multiply_add(whole[t], acc[t], step);
-        }
+            unroll<kTokens>([&](auto t) { acc[t] = Ops::start_small(starts + s * kTokens + t); });
+            unroll<2>([&](auto line) {
+                add_line<Ops, kTokens>(acc, codes + 64 * (2 * s + line), kQ4Book, kQ4Offset, at + 8 * (2 * s + line));
+            });
+            const typename Ops::Int step = Ops::template signed_nibble<s()>(steps);
+            unroll<kTokens>([&](auto t) { whole[t] = Ops::multiply_add(whole[t], acc[t], step); });
+        });
+        starts += 8 * kTokens;
+        codes += 64 * 16;
         const typename Ops::Float scale = Ops::load_bf16(scales);
         scales += 6 * kRows;
-        for (int t = 0; t < kTokens; ++t) {
+        unroll<kTokens>([&](auto t) {
             const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
             total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(whole[t]), both));
-        }
+        });
     }
-    for (int t = 0; t < kTokens; ++t) Ops::store_floats(out + t * kRows, total[t]);
+    unroll<kTokens>([&](auto t) { put<Ops>(target, t, total[t]); });
 }
 
 inline float mx_scale(std::uint8_t exponent) {
@@ -184,35 +175,30 @@ inline float mx_scale(std::uint8_t exponent) {
 }
 
 template <class Ops, int kTokens>
-void multiply_mxfp4(const std::uint8_t* codes, const float* scales, const Tile& tile, std::int64_t groups, float* out) {
+void multiply_mxfp4(const std::uint8_t* codes, const float* scales, const Tile& tile, std::int64_t groups,
+                    const Target& target) {
     typename Ops::Float total[kTokens];
-    for (int t = 0; t < kTokens; ++t) total[t] = Ops::zero_float();
-    const std::int32_t* words = tile.words;
-    const std::int32_t* sums = tile.sums32;
-    for (std::int64_t g = 0; g < groups; ++g) {
-        for (int part = 0; part < 4; ++part) {
+    unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
+    const std::int8_t* at = tile.codes;
+    const std::int32_t* starts = tile.starts;
+    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
+        unroll<4>([&](auto run) {
             typename Ops::Int acc[kTokens];
-            for (int t = 0; t < kTokens; ++t) acc[t] = Ops::set_int(-kMxOffset * sums[t]);
-            sums += kTokens;
-            for (int line = 0; line < 4; ++line) {
-                const typename Ops::Bytes x = Ops::load_bytes(codes);
-                Ops::prefetch(codes + 4096);
-                codes += 64;
-                const typename Ops::Bytes low = Ops::look_up(kMxBook, kMxOffset, Ops::low_nibbles(x));
-                const typename Ops::Bytes high = Ops::look_up(kMxBook, kMxOffset, Ops::high_nibbles(x));
-                for (int t = 0; t < kTokens; ++t) acc[t] = Ops::dot_small(acc[t], low, words[t]);
-                for (int t = 0; t < kTokens; ++t) acc[t] = Ops::dot_small(acc[t], high, words[kTokens + t]);
-                words += 2 * kTokens;
-            }
-            const typename Ops::Float scale = Ops::load_floats(scales);
-            scales += kRows;
-            for (int t = 0; t < kTokens; ++t) {
+            unroll<kTokens>([&](auto t) { acc[t] = Ops::start_small(starts + run * kTokens + t); });
+            unroll<4>([&](auto line) {
+                add_line<Ops, kTokens>(acc, codes + 64 * (4 * run + line), kMxBook, kMxOffset, at + 8 * (4 * run + line));
+            });
+            const typename Ops::Float scale = Ops::load_floats(scales + run * kRows);
+            unroll<kTokens>([&](auto t) {
                 const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
                 total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(acc[t]), both));
-            }
-        }
+            });
+        });
+        starts += 4 * kTokens;
+        codes += 64 * 16;
+        scales += 4 * kRows;
     }
-    for (int t = 0; t < kTokens; ++t) Ops::store_floats(out + t * kRows, total[t]);
+    unroll<kTokens>([&](auto t) { put<Ops>(target, t, total[t]); });
 }
 
 // ------------------------------------------------------------------------------------------------- unpacking
@@ -224,14 +210,16 @@ void unpack_q4(const std::uint8_t* codes, const std::uint8_t* scales, std::int64
         const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
         Ops::store_floats(to_scales + g * kRows, Ops::load_bf16(scales));
         scales += 6 * kRows;
-        for (int s = 0; s < 8; ++s) {
-            const typename Ops::Int step = Ops::signed_nibble(steps, s);
-            for (int line = 0; line < 2; ++line, codes += 64, panel += 128) {
+        unroll<8>([&](auto s) {
+            const typename Ops::Int step = Ops::template signed_nibble<s()>(steps);
+            unroll<2>([&](auto) {
                 const typename Ops::Bytes x = Ops::load_bytes(codes);
                 Ops::store_bytes(panel, Ops::stretch(Ops::look_up(kQ4Book, 0, Ops::low_nibbles(x)), step));
                 Ops::store_bytes(panel + 64, Ops::stretch(Ops::look_up(kQ4Book, 0, Ops::high_nibbles(x)), step));
-            }
-        }
+                codes += 64;
+                panel += 128;
+            });
+        });
     }
 }
 
@@ -241,6 +229,37 @@ void unpack_mxfp4(const std::uint8_t* codes, std::int64_t groups, std::uint8_t* 
         const typename Ops::Bytes x = Ops::load_bytes(codes);
         Ops::store_bytes(panel, Ops::look_up(kMxBook, kByteOffset, Ops::low_nibbles(x)));
         Ops::store_bytes(panel + 64, Ops::look_up(kMxBook, kByteOffset, Ops::high_nibbles(x)));
+    }
+}
+
+// 16 float scales a group of q8, or a quarter group of mxfp4, for `groups` groups from `at` (counted over all blocks).
+template <class Ops>
+void read_scales(const Matrix& weight, std::int64_t at, std::int64_t groups, float* scales) {
+    if (weight.format == WeightFormat::kQ8) {
+        const std::uint8_t* from = weight.scales + at * 2 * kRows;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            Ops::store_floats(scales + g * kRows, Ops::load_bf16(from + g * 2 * kRows));
+        }
+    } else if (weight.format == WeightFormat::kMxfp4) {
+        const std::uint8_t* from = weight.scales + at * 4 * kRows;
+        for (std::int64_t i = 0; i < groups * 4 * kRows; ++i) scales[i] = mx_scale(from[i]);
+    }
+}
+
+// Groups [first, first + groups) of one block, unpacked into `bytes` and `scales` unless they lie so already.
+template <class Ops>
+Panel unpack(const Matrix& weight, std::int64_t block, std::int64_t first, std::int64_t groups, std::uint8_t* bytes,
+             float* scales) {
+    const std::int64_t at = block * weight.groups() + first;
+    read_scales<Ops>(weight, at, groups, scales);
+    switch (weight.format) {
+        case WeightFormat::kQ4:
+            unpack_q4<Ops>(weight.codes + at * kGroup * kRows / 2, weight.scales + at * 6 * kRows, groups, bytes, scales);
+            return {bytes, scales};
+        case WeightFormat::kMxfp4:
+            unpack_mxfp4<Ops>(weight.codes + at * kGroup * kRows / 2, groups, bytes);
+            return {bytes, scales};
+        default: return {weight.codes + at * kGroup * kRows, scales};
     }
 }
 
@@ -264,29 +283,28 @@ typename Ops::Float load_plain(const Element* p, std::int64_t count) {
 // Lane l of chain c adds the products of columns 64 i + 16 c + l in rising order, fused; then chains, then lanes, in pairs.
 template <class Ops, class Element, int kTokens>
 void multiply_plain(const Element* row, std::int64_t columns, const float* const* tokens, float* out) {
-    typename Ops::Float chain[kTokens][4];
-    for (int t = 0; t < kTokens; ++t) {
-        for (int c = 0; c < 4; ++c) chain[t][c] = Ops::zero_float();
-    }
+    typename Ops::Float chain[4 * kTokens];
+    unroll<4 * kTokens>([&](auto i) { chain[i] = Ops::zero_float(); });
     std::int64_t k = 0;
     for (; k + 64 <= columns; k += 64) {
-        for (int c = 0; c < 4; ++c) {
+        unroll<4>([&](auto c) {
             const typename Ops::Float w = load_plain<Ops>(row + k + 16 * c, 16);
-            for (int t = 0; t < kTokens; ++t) {
-                chain[t][c] = Ops::fused(chain[t][c], w, Ops::load_floats(tokens[t] + k + 16 * c));
-            }
-        }
+            unroll<kTokens>([&](auto t) {
+                chain[4 * t + c] = Ops::fused(chain[4 * t + c], w, Ops::load_floats(tokens[t] + k + 16 * c));
+            });
+        });
     }
-    for (int c = 0; k < columns; k += 16, ++c) {
-        const std::int64_t count = std::min<std::int64_t>(16, columns - k);
-        const typename Ops::Float w = load_plain<Ops>(row + k, count);
-        for (int t = 0; t < kTokens; ++t) {
-            chain[t][c] = Ops::fused(chain[t][c], w, load_plain<Ops>(tokens[t] + k, count));
-        }
-    }
+    unroll<4>([&](auto c) {
+        const std::int64_t at = k + 16 * c, count = std::min<std::int64_t>(16, columns - at);
+        if (count <= 0) return;
+        const typename Ops::Float w = load_plain<Ops>(row + at, count);
+        unroll<kTokens>([&](auto t) {
+            chain[4 * t + c] = Ops::fused(chain[4 * t + c], w, load_plain<Ops>(tokens[t] + at, count));
+        });
+    });
     for (int t = 0; t < kTokens; ++t) {
         float lanes[16];
-        Ops::store_floats(lanes, Ops::add(Ops::add(chain[t][0], chain[t][1]), Ops::add(chain[t][2], chain[t][3])));
+        Ops::store_floats(lanes, Ops::add(Ops::add(chain[4 * t], chain[4 * t + 1]), Ops::add(chain[4 * t + 2], chain[4 * t + 3])));
         for (int width = 8; width > 0; width /= 2) {
             for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
         }
@@ -317,48 +335,104 @@ void linear_plain(const Matrix& weight, std::int64_t first, std::int64_t last, c
 
 // ------------------------------------------------------------------------------------------------- all formats
 
-template <template <class, int> class Call, class Ops, class... Args>
-void for_tokens(int n, Args&&... args) {
+// Calls body(integral_constant) of `n`, from 1 to kMost.
+template <int kMost, class Body>
+void for_number(int n, const Body& body) {
     [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-        ((n == kIndex + 1 ? Call<Ops, kIndex + 1>::run(args...) : void()), ...);
-    }(std::make_integer_sequence<int, static_cast<int>(kTileTokens)>{});
+        ((n == kIndex + 1 ? body(std::integral_constant<int, kIndex + 1>{}) : void()), ...);
+    }(std::make_integer_sequence<int, kMost>{});
 }
 
-template <class Ops, int kTokens>
-struct CallBytes {
-    template <class... Args>
-    static void run(bool fine, Args&... args) {
-        if (fine) return multiply_bytes<Ops, kTokens, 8>(args...);
-        multiply_bytes<Ops, kTokens, 32>(args...);
+inline Bias bias_of(WeightFormat format, bool direct) {
+    switch (format) {
+        case WeightFormat::kQ4: return direct ? Bias{16, kQ4Offset} : Bias{128, kByteOffset};
+        case WeightFormat::kMxfp4: return {32, direct ? kMxOffset : kByteOffset};
+        default: return {128, kByteOffset};
+    }
+}
+
+// Tiles of `count` tokens, nearly equal and none larger than `most`.
+struct Tiling {
+    std::int64_t count, tiles, small, larger;  // the first `larger` tiles have small + 1 tokens, the others small
+
+    Tiling(std::int64_t tokens, std::int64_t most)
+        : count(tokens), tiles((tokens + most - 1) / most), small(tokens / tiles), larger(tokens % tiles) {}
+    std::int64_t begin(std::int64_t i) const { return small * i + std::min(i, larger); }
+    int size(std::int64_t i) const { return static_cast<int>(small) + (i < larger ? 1 : 0); }
+};
+
+// Where linear_panels keeps what it unpacks, and the totals of up to kTogether tokens.
+struct PanelRoom {
+    std::uint8_t* bytes;
+    float *scales, *totals;
+
+    static PanelRoom in(std::uint8_t* scratch) {
+        auto* scales = reinterpret_cast<float*>(scratch + kMostBlocks * kPanelGroups * kGroup * kRows);
+        return {scratch, scales, scales + kMostBlocks * kPanelGroups * 4 * kRows};
     }
 };
 
-template <class Ops, int kTokens>
-struct CallNibbles {
-    static void run(const Matrix& weight, std::int64_t block, const float* scales, const Tile& tile, float* out) {
-        if constexpr (kTokens <= kDirectTokens) {
-            const std::int64_t groups = weight.groups();
-            const std::uint8_t* codes = weight.codes + block * groups * kGroup * kRows / 2;
-            if (weight.format == WeightFormat::kMxfp4) {
-                return multiply_mxfp4<Ops, kTokens>(codes, scales, tile, groups, out);
-            }
-            multiply_q4<Ops, kTokens>(codes, weight.scales + block * groups * 6 * kRows, tile, groups, out);
-        }
-    }
-};
-
-// Float scales of one block of q8 (a group) or mxfp4 (a quarter group).
 template <class Ops>
-void read_scales(const Matrix& weight, std::int64_t block, float* scales) {
+void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, const Tile& tile, int n, float* out,
+                   std::int64_t out_stride, float* scales) {
     const std::int64_t groups = weight.groups();
-    if (weight.format == WeightFormat::kQ8) {
-        const std::uint8_t* from = weight.scales + block * groups * 2 * kRows;
-        for (std::int64_t g = 0; g < groups; ++g) {
-            Ops::store_floats(scales + g * kRows, Ops::load_bf16(from + g * 2 * kRows));
+    for (std::int64_t block = first; block < last; ++block) {
+        const std::uint8_t* codes = weight.codes + block * groups * kGroup * kRows / 2;
+        const Target target{out + block * kRows, out_stride, std::min(kRows, weight.rows - block * kRows)};
+        read_scales<Ops>(weight, block * groups, groups, scales);
+        for_number<kDirectTokens>(n, [&](auto tokens) {
+            if (weight.format == WeightFormat::kMxfp4) {
+                return multiply_mxfp4<Ops, tokens()>(codes, scales, tile, groups, target);
+            }
+            multiply_q4<Ops, tokens()>(codes, weight.scales + block * groups * 6 * kRows, tile, groups, target);
+        });
+    }
+}
+
+// Some groups of some blocks are unpacked at a time, as many as the first-level cache holds, and all tokens pass by.
+// Two blocks at a time where registers allow it, so that a word of activations serves both.
+template <class Ops>
+void linear_panels(const Matrix& weight, std::int64_t first, std::int64_t last, const Tile* tiles, const Tiling& tiling,
+                   float* out, std::int64_t out_stride, const PanelRoom& room) {
+    const std::int64_t groups = weight.groups();
+    const bool fine = weight.format == WeightFormat::kMxfp4;
+    const int runs = fine ? 4 : 1;
+    for (std::int64_t block = first; block < last;) {
+        const int blocks = static_cast<int>(std::min<std::int64_t>(Ops::kBlocks, last - block));
+        const bool whole = (block + blocks) * kRows <= weight.rows;  // else through totals, 16 rows a block
+        for (std::int64_t g = 0; g < groups; g += kPanelGroups) {
+            const std::int64_t some = std::min(kPanelGroups, groups - g);
+            Panel panels[kMostBlocks];
+            for (int b = 0; b < blocks; ++b) {
+                panels[b] = unpack<Ops>(weight, block + b, g, some, room.bytes + b * kPanelGroups * kGroup * kRows,
+                                        room.scales + b * kPanelGroups * 4 * kRows);
+            }
+            for (std::int64_t i = 0; i < tiling.tiles; ++i) {
+                const int n = tiling.size(i);
+                const Tile part{tiles[i].codes + g * n * kGroup, tiles[i].scales + g * n, tiles[i].starts + g * runs * n};
+                float* kept = room.totals + tiling.begin(i) * blocks * kRows;
+                Totals totals{g == 0 ? nullptr : kept, kept, n * kRows, kRows, n * kRows, kRows};
+                if (whole && g + some == groups) {
+                    totals.to = out + tiling.begin(i) * out_stride + block * kRows;
+                    totals.to_block = kRows, totals.to_token = out_stride;
+                }
+                for_number<Ops::kTokens>(n, [&](auto tokens) {
+                    for_number<Ops::kBlocks>(blocks, [&](auto both) {
+                        if (fine) return multiply_bytes<Ops, tokens(), both(), 8>(panels, part, some, totals);
+                        multiply_bytes<Ops, tokens(), both(), 32>(panels, part, some, totals);
+                    });
+                });
+            }
         }
-    } else if (weight.format == WeightFormat::kMxfp4) {
-        const std::uint8_t* from = weight.scales + block * groups * 4 * kRows;
-        for (std::int64_t i = 0; i < groups * 4 * kRows; ++i) scales[i] = mx_scale(from[i]);
+        for (std::int64_t i = 0; !whole && i < tiling.tiles; ++i) {
+            const float* totals = room.totals + tiling.begin(i) * blocks * kRows;
+            for (int b = 0; b < blocks; ++b) {
+                const std::int64_t row = (block + b) * kRows;
+                const Target target{out + tiling.begin(i) * out_stride + row, out_stride, std::min(kRows, weight.rows - row)};
+                for (int t = 0; t < tiling.size(i); ++t, totals += kRows) put<Ops>(target, t, Ops::load_floats(totals));
+            }
+        }
+        block += blocks;
     }
 }
 
@@ -373,49 +447,26 @@ void linear(const Matrix& weight, std::int64_t first, std::int64_t last, const A
     if (weight.format == WeightFormat::kBf16) {
         return linear_plain<Ops, std::uint16_t>(weight, first, last, acts, tokens, count, out, out_stride);
     }
-    const std::int64_t groups = weight.groups(), columns = groups * kGroup;
-    std::uint8_t* unpacked = scratch;
-    auto* scales = reinterpret_cast<float*>(unpacked + columns * kRows);
-    auto* result = scales + groups * 4 * kRows;
-    auto* tiles = reinterpret_cast<std::uint8_t*>(result + kTileTokens * kRows);
-    const bool is_q8 = weight.format == WeightFormat::kQ8, is_mx = weight.format == WeightFormat::kMxfp4;
-    const bool direct = !is_q8 && count <= kDirectTokens;
-    // Tokens are laid side by side once for all blocks; tiles follow one another in scratch.
-    std::uint8_t* cursor = tiles;
-    const std::int64_t token_bytes = groups * (kGroup + 4 + 4 * kSums);
-    for (std::int64_t i = 0; i < count; i += kTileTokens) {
-        make_tile(acts, tokens, i, static_cast<int>(std::min(kTileTokens, count - i)), cursor);
+    const std::int64_t groups = weight.groups();
+    const bool direct = weight.format != WeightFormat::kQ8 && count <= kDirectTokens;
+    const Bias bias = bias_of(weight.format, direct);
+    if (direct) {
+        const int n = static_cast<int>(count);
+        auto* scales = reinterpret_cast<float*>(scratch);
+        const Tile tile = make_tile(acts, tokens, 0, n, bias, scratch + groups * 4 * kRows * 4);
+        return linear_direct<Ops>(weight, first, last, tile, n, out, out_stride, scales);
     }
-    for (std::int64_t block = first; block < last; ++block) {
-        const std::uint8_t* panel = unpacked;
-        read_scales<Ops>(weight, block, scales);
-        if (is_q8) {
-            panel = weight.codes + block * columns * kRows;
-        } else if (!direct) {
-            const std::uint8_t* codes = weight.codes + block * columns * kRows / 2;
-            if (is_mx) {
-                unpack_mxfp4<Ops>(codes, groups, unpacked);
-            } else {
-                unpack_q4<Ops>(codes, weight.scales + block * groups * 6 * kRows, groups, unpacked, scales);
-            }
+    const PanelRoom room = PanelRoom::in(scratch);
+    std::uint8_t* tile_room = scratch + kPanelRoomBytes;
+    for (std::int64_t begin = 0; begin < count; begin += kTogether) {
+        const Tiling tiling(std::min(kTogether, count - begin), Ops::kTokens);
+        std::array<Tile, kTogether> tiles;
+        for (std::int64_t i = 0; i < tiling.tiles; ++i) {
+            const std::int64_t at = tiling.begin(i);
+            tiles[static_cast<std::size_t>(i)] =
+                make_tile(acts, tokens, begin + at, tiling.size(i), bias, tile_room + tile_bytes(groups, at));
         }
-        const std::int64_t valid = std::min(kRows, weight.rows - block * kRows);
-        for (std::int64_t i = 0; i < count; i += kTileTokens) {
-            const int n = static_cast<int>(std::min(kTileTokens, count - i));
-            const auto* words = reinterpret_cast<const std::int32_t*>(tiles + i * token_bytes);
-            const auto* token_scales = reinterpret_cast<const float*>(words + columns / 4 * n);
-            const auto* sums = reinterpret_cast<const std::int32_t*>(token_scales + groups * n);
-            const Tile tile{words, token_scales, sums, sums + groups * n, sums + 5 * groups * n};
-            if (direct) {
-                for_tokens<CallNibbles, Ops>(n, weight, block, scales, tile, result);
-            } else {
-                for_tokens<CallBytes, Ops>(n, is_mx, panel, scales, tile, groups, result);
-            }
-            for (int t = 0; t < n; ++t) {
-                std::memcpy(out + (i + t) * out_stride + block * kRows, result + t * kRows,
-                            static_cast<std::size_t>(valid) * 4);
-            }
-        }
+        linear_panels<Ops>(weight, first, last, tiles.data(), tiling, out + begin * out_stride, out_stride, room);
     }
 }
 

@@ -9,23 +9,24 @@
 namespace fewfire {
 namespace {
 
-// Twelve independent chains, as many as a product of 12 tokens has.
+// As many independent chains as products have, words and weights in registers.
 template <class Ops>
 std::int64_t multiply_bytes_forever(std::int64_t rounds, std::int32_t* result) {
+    constexpr int kChains = 12;
     alignas(64) std::uint8_t bytes[64];
     for (int i = 0; i < 64; ++i) bytes[i] = static_cast<std::uint8_t>(i * 7 + 1);
     const typename Ops::Bytes w = Ops::load_bytes(bytes);
-    typename Ops::Int acc[12];
-    for (int t = 0; t < 12; ++t) acc[t] = Ops::set_int(t);
-    const std::int32_t words[12] = {0x01020304, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x08, 0x19, 0x2a, 0x3b};
+    const typename Ops::Word word = Ops::word(reinterpret_cast<const std::int8_t*>(bytes + 8));
+    typename Ops::Int acc[kChains];
+    unroll<kChains>([&](auto t) { acc[t] = Ops::set_int(t); });
     for (std::int64_t round = 0; round < rounds; ++round) {
-        for (int t = 0; t < 12; ++t) acc[t] = Ops::dot(acc[t], w, words[t]);
+        unroll<kChains>([&](auto t) { acc[t] = Ops::dot(acc[t], w, word); });
     }
     typename Ops::Int sum = acc[0];
-    for (int t = 1; t < 12; ++t) sum = Ops::multiply_add(sum, acc[t], Ops::set_int(1));
+    unroll<kChains>([&](auto t) { sum = Ops::multiply_add(acc[t], sum, Ops::set_int(3)); });
     Ops::store_bytes(bytes, Ops::as_bytes(sum));
-    *result = load_word(bytes);
-    return rounds * 12 * 64 * 2;
+    std::memcpy(result, bytes, 4);
+    return rounds * kChains * 64 * 2;
 }
 
 template <class Ops>
@@ -41,7 +42,9 @@ std::int32_t read_bytes(const std::uint8_t* p, std::int64_t count) {
     }
     alignas(64) std::uint8_t bytes[64];
     Ops::store_bytes(bytes, Ops::as_bytes(Ops::add_ints(Ops::add_ints(sums[0], sums[1]), Ops::add_ints(sums[2], sums[3]))));
-    return load_word(bytes);
+    std::int32_t first;
+    std::memcpy(&first, bytes, 4);
+    return first;
 }
 
 template <class Ops>

@@ -12,7 +12,7 @@ namespace fewfire {
 
 constexpr std::int64_t kRows = 16;    // rows of a tile: the lanes of a result
 constexpr std::int64_t kGroup = 128;  // columns of a tile: what shares an activation's scale
-constexpr std::int64_t kTileTokens = 12;
+constexpr std::int64_t kSums = 13;    // sums of a group's codes: of all 128, of each 32, of each 16
 
 enum class WeightFormat : std::int32_t { kF32, kBf16, kQ8, kQ4, kMxfp4 };
 
@@ -28,7 +28,7 @@ struct Matrix {
 };
 
 // Tokens as products read them, each in its own rows: values (columns), codes (groups * 128, the padding 0),
-// scales (groups), sums (groups * 13: of every 128 codes, of every 32, of every 16). Rows of values are `stride` apart.
+// scales (groups), sums (groups * 13). Rows of values are `stride` apart.
 struct Activations {
     float* values = nullptr;
     std::int8_t* codes = nullptr;
@@ -37,16 +37,24 @@ struct Activations {
     std::int64_t columns = 0, stride = 0;
 
     std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+
+    // The same from row `first` on.
+    Activations from(std::int64_t first) const {
+        const std::int64_t rows = first * groups();
+        return {values + first * stride, codes + rows * kGroup, scales + rows, sums + rows * kSums, columns, stride};
+    }
 };
 
-constexpr std::int64_t kSums = 13;
+constexpr std::int64_t kMostBlocks = 2;    // blocks of 16 rows that are multiplied together
+constexpr std::int64_t kPanelGroups = 4;   // groups that are unpacked together: 16 KiB of bytes
+constexpr std::int64_t kTogether = 768;    // tokens that pass by what was unpacked
+constexpr std::int64_t kPanelRoomBytes =
+    kMostBlocks * (kPanelGroups * kGroup * kRows + kPanelGroups * 4 * kRows * 4 + kTogether * kRows * 4);
 
 // Bytes of scratch that `linear` needs for a matrix of `columns` and `tokens` tokens.
 constexpr std::int64_t linear_scratch(std::int64_t columns, std::int64_t tokens) {
-    const std::int64_t groups = (columns + kGroup - 1) / kGroup;
-    const std::int64_t token_bytes = groups * (kGroup + 4 + 4 * kSums);
-    return groups * kGroup * kRows + groups * 4 * kRows * 4 + (tokens + kTileTokens) * token_bytes +
-           kTileTokens * kRows * 4 + 1024;
+    const std::int64_t groups = (columns + kGroup - 1) / kGroup, together = tokens < kTogether ? tokens : kTogether;
+    return kPanelRoomBytes + groups * 4 * kRows * 4 + together * groups * (kGroup + 4 + 4 * kSums) + 1024;
 }
 
 enum class HiddenActivation : std::int32_t { kSilu, kGeluTanh, kRelu };
