@@ -1,6 +1,8 @@
 // AVX2 and FMA versions. Compiled with those flags and run only where CPUID and the OS allow them.
 #include <immintrin.h>
 
+#include "attention.hpp"
+#include "checksum.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
 #include "probe.hpp"
@@ -48,6 +50,12 @@ struct Avx2Ops {
             return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
         };
         return {half(p), half(p + 16)};
+    }
+    static Float load_int8(const std::int8_t* p) {
+        const auto half = [](const std::int8_t* from) {
+            return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+        };
+        return {half(p), half(p + 8)};
     }
     static void store_floats(float* p, const Float& x) {
         _mm256_storeu_ps(p, x.low);
@@ -129,12 +137,21 @@ struct Avx2Ops {
     }
 };
 
+struct HardwareStep {
+    static std::uint32_t byte(std::uint32_t crc, std::uint8_t value) { return _mm_crc32_u8(crc, value); }
+    static std::uint32_t word(std::uint32_t crc, std::uint64_t value) {
+        return static_cast<std::uint32_t>(_mm_crc32_u64(crc, value));
+    }
+};
+
 }  // namespace
 
 void fill_avx2(Table& table) {
     fill_templates<Avx2>(table);
     fill_quantized<Avx2Ops>(table.quantized);
     fill_steps<Avx2Ops>(table.quantized);
+    fill_attention<Avx2Ops>(table.quantized);
+    table.crc32c = crc32c<HardwareStep>;
     fill_probes<Avx2Ops>(table.quantized);
 }
 

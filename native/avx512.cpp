@@ -1,6 +1,8 @@
 // AVX-512 versions (F, BW, DQ, VL, VNNI). Compiled with those flags and run only where CPUID and the OS allow them.
 #include <immintrin.h>
 
+#include "attention.hpp"
+#include "checksum.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
 #include "probe.hpp"
@@ -39,6 +41,10 @@ struct Avx512Ops {
     static Float load_bf16(const std::uint8_t* p) {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static Float load_int8(const std::int8_t* p) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
     }
     static void store_floats(float* p, Float x) { _mm512_storeu_ps(p, x); }
     static void store_bytes(std::uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
@@ -79,12 +85,21 @@ struct Avx512Ops {
     static Int dot_small(Int sum, Bytes w, Word word) { return dot(sum, w, word); }
 };
 
+struct HardwareStep {
+    static std::uint32_t byte(std::uint32_t crc, std::uint8_t value) { return _mm_crc32_u8(crc, value); }
+    static std::uint32_t word(std::uint32_t crc, std::uint64_t value) {
+        return static_cast<std::uint32_t>(_mm_crc32_u64(crc, value));
+    }
+};
+
 }  // namespace
 
 void fill_avx512(Table& table) {
     fill_templates<Avx512>(table);
     fill_quantized<Avx512Ops>(table.quantized);
     fill_steps<Avx512Ops>(table.quantized);
+    fill_attention<Avx512Ops>(table.quantized);
+    table.crc32c = crc32c<HardwareStep>;
     fill_probes<Avx512Ops>(table.quantized);
 }
 

@@ -1,14 +1,17 @@
 // The only file that knows Python. Arrays arrive as plain addresses: fewfire.kernels has validated shapes, dtypes and
 // strides, and an integer argument costs a hundredth of a tensor. Nothing here checks them again.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -16,9 +19,11 @@
 
 #include "dispatch.hpp"
 #include "engine.hpp"
+#include "experts.hpp"
 #include "memory.hpp"
 #include "parallel.hpp"
 #include "pool.hpp"
+#include "reading.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -155,6 +160,16 @@ std::int64_t probe_int8(std::int64_t rounds, std::int64_t num_threads) {
     return total;
 }
 
+// The same in float32: multiplications and additions.
+std::int64_t probe_float(std::int64_t rounds, std::int64_t num_threads) {
+    std::atomic<std::int64_t> total{0};
+    fewfire::Pool::shared().run(num_threads, num_threads, 1, [&](std::int64_t, std::int64_t, int) {
+        float result = 0;
+        total += table().quantized.multiply_floats_forever(rounds, &result);
+    });
+    return total;
+}
+
 // Reads `count` bytes once, each thread a part of its own; the sum only keeps the reads.
 std::int64_t probe_read(std::uintptr_t bytes, std::int64_t count, std::int64_t num_threads) {
     std::atomic<std::int64_t> sum{0};
@@ -165,7 +180,20 @@ std::int64_t probe_read(std::uintptr_t bytes, std::int64_t count, std::int64_t n
     return sum;
 }
 
-// A matrix is (format, codes, scales, rows, columns), or None.
+std::uint32_t crc32c(std::uint32_t before, std::uintptr_t bytes, std::int64_t count) {
+    return table().crc32c(before, pointer<const std::uint8_t>(bytes), count);
+}
+
+// (bytes read, errno, checksum).
+std::tuple<std::int64_t, int, std::uint32_t> read_checked(int file, std::int64_t offset, std::int64_t count,
+                                                          std::uintptr_t to, std::uint32_t checksum) {
+    const fewfire::ReadResult made = fewfire::read_checked(file, offset, count, pointer<std::uint8_t>(to), checksum);
+    return {made.done, made.error, made.checksum};
+}
+
+// ------------------------------------------------------------------------------------------------ specifications
+// A matrix is (format, codes, scales, rows, columns), or None; a vector an address; what a layer has not is None.
+
 fewfire::Matrix matrix_of(nb::handle made) {
     if (made.is_none()) return {};
     const auto [format, codes, scales, rows, columns] =
@@ -173,86 +201,185 @@ fewfire::Matrix matrix_of(nb::handle made) {
     return matrix(format, codes, scales, rows, columns);
 }
 
-const float* floats(const nb::dict& from, const char* name) {
-    return pointer<const float>(nb::cast<std::uintptr_t>(from[name]));
+// What a dict says under a name.
+class Fields {
+public:
+    explicit Fields(nb::handle from) : from_(nb::cast<nb::dict>(from)) {}
+
+    bool has(const char* name) const { return !from_[name].is_none(); }
+    nb::object at(const char* name) const { return nb::object(from_[name]); }
+    Fields fields(const char* name) const { return Fields(at(name)); }
+    template <class T>
+    T value(const char* name) const {
+        return nb::cast<T>(from_[name]);
+    }
+    std::int64_t count(const char* name) const { return value<std::int64_t>(name); }
+    float number(const char* name) const { return value<float>(name); }
+    bool flag(const char* name) const { return value<bool>(name); }
+    fewfire::Matrix matrix(const char* name) const { return matrix_of(at(name)); }
+    const float* floats(const char* name) const { return pointer<const float>(value<std::uintptr_t>(name)); }
+
+private:
+    nb::dict from_;
+};
+
+fewfire::NormSpec norm_of(nb::handle made) {
+    if (made.is_none()) return {};
+    const Fields from(made);
+    return {from.floats("weight"), from.floats("bias"), from.flag("is_layer"), true, from.number("eps")};
 }
 
-template <class T>
-T value(const nb::dict& from, const char* name) {
-    return nb::cast<T>(from[name]);
+fewfire::RopeSpec rope_of(const Fields& from) {
+    return {from.floats("cos"), from.floats("sin"), from.count("dim"), from.flag("is_interleaved")};
 }
 
-fewfire::FeedForwardSpec feed_forward_of(const nb::dict& from) {
-    return {matrix_of(from["gate"]), matrix_of(from["up"]), matrix_of(from["down"]),
-            static_cast<fewfire::HiddenActivation>(value<int>(from, "activation"))};
+fewfire::FeedForwardSpec feed_forward_of(const Fields& from) {
+    return {from.matrix("gate"), from.matrix("up"), from.matrix("down"), from.floats("gate_bias"),
+            from.floats("up_bias"), from.floats("down_bias"),
+            static_cast<fewfire::HiddenActivation>(from.value<int>("activation")), from.number("alpha"), from.number("limit")};
 }
 
-fewfire::AttentionSpec attention_of(const nb::dict& from) {
+fewfire::AttentionSpec attention_of(const Fields& from) {
     fewfire::AttentionSpec spec;
-    spec.query = matrix_of(from["query"]), spec.key = matrix_of(from["key"]);
-    spec.value = matrix_of(from["value"]), spec.out = matrix_of(from["out"]);
-    spec.query_bias = floats(from, "query_bias"), spec.key_bias = floats(from, "key_bias");
-    spec.value_bias = floats(from, "value_bias"), spec.out_bias = floats(from, "out_bias");
-    spec.query_norm = floats(from, "query_norm"), spec.key_norm = floats(from, "key_norm");
-    spec.sinks = floats(from, "sinks"), spec.cos = floats(from, "cos"), spec.sin = floats(from, "sin");
-    spec.norm_is_full = value<bool>(from, "norm_is_full");
-    spec.num_heads = value<std::int64_t>(from, "num_heads");
-    spec.num_kv_heads = value<std::int64_t>(from, "num_kv_heads");
-    spec.head_dim = value<std::int64_t>(from, "head_dim"), spec.window = value<std::int64_t>(from, "window");
-    spec.rope_dim = value<std::int64_t>(from, "rope_dim");
-    spec.rope_is_interleaved = value<bool>(from, "rope_is_interleaved");
-    spec.scale = value<float>(from, "scale"), spec.clip = value<float>(from, "clip");
+    spec.query = from.matrix("query"), spec.key = from.matrix("key");
+    spec.value = from.matrix("value"), spec.out = from.matrix("out");
+    spec.query_bias = from.floats("query_bias"), spec.key_bias = from.floats("key_bias");
+    spec.value_bias = from.floats("value_bias"), spec.out_bias = from.floats("out_bias");
+    spec.head_norm = static_cast<fewfire::HeadNorm>(from.value<int>("head_norm"));
+    spec.query_norm = norm_of(from.at("query_norm")), spec.key_norm = norm_of(from.at("key_norm"));
+    spec.sinks = from.floats("sinks");
+    spec.rope = rope_of(from.fields("rope"));
+    spec.num_heads = from.count("num_heads"), spec.num_kv_heads = from.count("num_kv_heads");
+    spec.head_dim = from.count("head_dim");
+    spec.window = from.count("window"), spec.chunk = from.count("chunk");
+    spec.has_output_gate = from.flag("has_output_gate");
+    spec.scale = from.number("scale"), spec.clip = from.number("clip"), spec.cap = from.number("cap");
+    spec.temperature = from.number("temperature"), spec.temperature_floor = from.number("temperature_floor");
     return spec;
 }
 
-fewfire::MoeSpec moe_of(const nb::dict& from) {
+fewfire::IndexerSpec indexer_of(const Fields& from) {
+    fewfire::IndexerSpec spec;
+    spec.is_present = true, spec.is_shared = from.flag("is_shared");
+    spec.query_up = from.matrix("query_up"), spec.key = from.matrix("key");
+    spec.head_weights = from.matrix("head_weights"), spec.key_norm = norm_of(from.at("key_norm"));
+    spec.num_heads = from.count("num_heads"), spec.head_dim = from.count("head_dim"), spec.top_k = from.count("top_k");
+    spec.is_interleaved = from.flag("is_interleaved");
+    return spec;
+}
+
+fewfire::LatentSpec latent_of(const Fields& from) {
+    fewfire::LatentSpec spec;
+    spec.query = from.matrix("query"), spec.query_down = from.matrix("query_down");
+    spec.query_up = from.matrix("query_up"), spec.kv_down = from.matrix("kv_down");
+    spec.kv_up = from.matrix("kv_up"), spec.out = from.matrix("out");
+    spec.query_norm = norm_of(from.at("query_norm")), spec.kv_norm = norm_of(from.at("kv_norm"));
+    spec.query_down_bias = from.floats("query_down_bias"), spec.kv_down_bias = from.floats("kv_down_bias");
+    spec.out_bias = from.floats("out_bias");
+    spec.rope = rope_of(from.fields("rope"));
+    if (from.has("indexer")) spec.indexer = indexer_of(from.fields("indexer"));
+    spec.num_heads = from.count("num_heads"), spec.kv_rank = from.count("kv_rank");
+    spec.nope_dim = from.count("nope_dim"), spec.rope_dim = from.count("rope_dim");
+    spec.value_dim = from.count("value_dim"), spec.scale = from.number("scale");
+    return spec;
+}
+
+fewfire::RouterSpec router_of(const Fields& from) {
+    fewfire::RouterSpec spec;
+    spec.weight = from.matrix("weight");
+    spec.bias = from.floats("bias"), spec.select_bias = from.floats("select_bias");
+    spec.num_experts = from.count("num_experts"), spec.top_k = from.count("top_k");
+    spec.score = static_cast<fewfire::RouterScore>(from.value<int>("score"));
+    spec.renormalize = from.flag("renormalize"), spec.is_input_weighted = from.flag("is_input_weighted");
+    spec.renormalize_eps = from.number("renormalize_eps");
+    spec.scale = from.number("scale"), spec.jitter = from.number("jitter");
+    spec.num_groups = from.count("num_groups"), spec.top_groups = from.count("top_groups");
+    spec.groups_by_max = from.flag("groups_by_max");
+    return spec;
+}
+
+// (format, codes offset, scales offset, rows, columns), or None.
+fewfire::ExpertLayout::Part part_of(nb::handle made) {
+    if (made.is_none()) return {};
+    const auto [format, codes, scales, rows, columns] =
+        nb::cast<std::tuple<int, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>(made);
+    return {codes, scales, rows, columns, static_cast<fewfire::WeightFormat>(format)};
+}
+
+// (format, offset, size), or None.
+fewfire::RecordVector record_vector_of(nb::handle made) {
+    if (made.is_none()) return {};
+    const auto [format, offset, size] = nb::cast<std::tuple<int, std::int64_t, std::int64_t>>(made);
+    return {offset, size, static_cast<fewfire::WeightFormat>(format)};
+}
+
+fewfire::ExpertLayout layout_of(const Fields& from) {
+    fewfire::ExpertLayout layout;
+    layout.gate = part_of(from.at("gate")), layout.up = part_of(from.at("up")), layout.down = part_of(from.at("down"));
+    layout.gate_bias = record_vector_of(from.at("gate_bias")), layout.up_bias = record_vector_of(from.at("up_bias"));
+    layout.down_bias = record_vector_of(from.at("down_bias"));
+    layout.activation = static_cast<fewfire::HiddenActivation>(from.value<int>("activation"));
+    layout.alpha = from.number("alpha"), layout.limit = from.number("limit");
+    layout.record_bytes = from.count("record_bytes"), layout.num_experts = from.count("num_experts");
+    return layout;
+}
+
+fewfire::MoeSpec moe_of(const Fields& from) {
     fewfire::MoeSpec spec;
-    spec.router = matrix_of(from["router"]);
-    spec.router_bias = floats(from, "router_bias"), spec.select_bias = floats(from, "select_bias");
-    spec.top_k = value<std::int64_t>(from, "top_k");
-    spec.score = static_cast<fewfire::RouterScore>(value<int>(from, "score"));
-    spec.renormalize = value<bool>(from, "renormalize");
-    spec.renormalize_eps = value<float>(from, "renormalize_eps"), spec.scale = value<float>(from, "scale");
-    for (nb::handle expert : nb::cast<nb::list>(from["experts"])) {
-        spec.experts.push_back(feed_forward_of(nb::cast<nb::dict>(expert)));
-    }
-    spec.num_experts = static_cast<std::int64_t>(spec.experts.size());
-    spec.has_shared = !from["shared"].is_none();
-    if (spec.has_shared) spec.shared = feed_forward_of(nb::cast<nb::dict>(from["shared"]));
-    spec.shared_gate = matrix_of(from["shared_gate"]);
+    spec.router = router_of(from.fields("router"));
+    spec.experts = layout_of(from.fields("experts"));
+    spec.has_shared = from.has("shared");
+    if (spec.has_shared) spec.shared = feed_forward_of(from.fields("shared"));
+    spec.shared_gate = from.matrix("shared_gate");
     return spec;
 }
 
-fewfire::ModelSpec model_of(const nb::dict& from) {
-    fewfire::ModelSpec spec;
-    spec.model_dim = value<std::int64_t>(from, "model_dim"), spec.vocab_size = value<std::int64_t>(from, "vocab_size");
-    spec.eps = value<float>(from, "eps"), spec.embed_scale = value<float>(from, "embed_scale");
-    spec.logit_scale = value<float>(from, "logit_scale"), spec.residual_scale = value<float>(from, "residual_scale");
-    spec.embed = matrix_of(from["embed"]), spec.head = matrix_of(from["head"]), spec.norm = floats(from, "norm");
-    for (nb::handle each : nb::cast<nb::list>(from["layers"])) {
-        const auto layer = nb::cast<nb::dict>(each);
-        fewfire::LayerSpec made;
-        made.attention_norm = floats(layer, "attention_norm"), made.ffn_norm = floats(layer, "ffn_norm");
-        made.attention = attention_of(nb::cast<nb::dict>(layer["attention"]));
-        made.is_moe = layer["dense"].is_none();
-        if (made.is_moe) {
-            made.moe = moe_of(nb::cast<nb::dict>(layer["moe"]));
-        } else {
-            made.dense = feed_forward_of(nb::cast<nb::dict>(layer["dense"]));
-        }
-        spec.layers.push_back(std::move(made));
+fewfire::LayerSpec layer_of(const Fields& from) {
+    fewfire::LayerSpec spec;
+    spec.attention_norm = norm_of(from.at("attention_norm")), spec.ffn_norm = norm_of(from.at("ffn_norm"));
+    spec.attention_post_norm = norm_of(from.at("attention_post_norm"));
+    spec.ffn_post_norm = norm_of(from.at("ffn_post_norm"));
+    spec.is_latent = from.has("latent"), spec.is_moe = from.has("moe");
+    if (spec.is_latent) {
+        spec.latent = latent_of(from.fields("latent"));
+    } else {
+        spec.attention = attention_of(from.fields("attention"));
     }
+    if (spec.is_moe) {
+        spec.moe = moe_of(from.fields("moe"));
+    } else {
+        spec.dense = feed_forward_of(from.fields("dense"));
+    }
+    return spec;
+}
+
+fewfire::ModelSpec model_of(const Fields& from) {
+    fewfire::ModelSpec spec;
+    spec.model_dim = from.count("model_dim"), spec.vocab_size = from.count("vocab_size");
+    spec.embed_scale = from.number("embed_scale"), spec.logit_scale = from.number("logit_scale");
+    spec.residual_scale = from.number("residual_scale");
+    spec.embed = from.matrix("embed"), spec.positions = from.matrix("positions"), spec.head = from.matrix("head");
+    spec.head_bias = from.floats("head_bias"), spec.norm = norm_of(from.at("norm"));
+    spec.cache = static_cast<fewfire::CacheFormat>(from.value<int>("cache"));
+    for (nb::handle layer : nb::cast<nb::list>(from.at("layers"))) spec.layers.push_back(layer_of(Fields(layer)));
     return spec;
 }
 
 void step(fewfire::Engine& engine, std::uintptr_t ids, std::uintptr_t positions, std::uintptr_t page_starts,
-          std::uintptr_t pages, std::int64_t count, std::uintptr_t hidden, std::uintptr_t routes,
-          std::uintptr_t route_weights, std::uintptr_t route_logits, std::int64_t num_threads) {
-    const fewfire::Routes made{pointer<std::int32_t>(routes), pointer<float>(route_weights),
-                               pointer<float>(route_logits)};
-    engine.step(pointer<const std::int64_t>(ids), pointer<const std::int64_t>(positions),
-                pointer<const std::int64_t>(page_starts), pointer<bf16* const>(pages), count, pointer<float>(hidden),
-                made, num_threads);
+          std::uintptr_t pages, std::int64_t count, std::uintptr_t hidden, const std::array<std::uintptr_t, 5>& routes,
+          std::int64_t num_threads) {
+    const fewfire::Tokens tokens{pointer<const std::int64_t>(ids), pointer<const std::int64_t>(positions),
+                                 pointer<const std::int64_t>(page_starts), pointer<std::uint8_t* const>(pages), count};
+    const fewfire::Routes made{pointer<std::int32_t>(routes[0]), pointer<float>(routes[1]), pointer<float>(routes[2]),
+                               pointer<const std::int32_t>(routes[3]), pointer<const float>(routes[4])};
+    engine.step(tokens, pointer<float>(hidden), made, num_threads);
+}
+
+std::unique_ptr<fewfire::ResidentExperts> resident_experts(const std::vector<std::uintptr_t>& layers,
+                                                           std::vector<std::int64_t> record_bytes) {
+    std::vector<const std::uint8_t*> records;
+    for (const std::uintptr_t layer : layers) records.push_back(pointer<const std::uint8_t>(layer));
+    return std::make_unique<fewfire::ResidentExperts>(std::move(records), std::move(record_bytes));
 }
 
 void head(fewfire::Engine& engine, std::uintptr_t hidden, std::int64_t count, std::uintptr_t logits,
@@ -277,9 +404,23 @@ NB_MODULE(_native, m) {
     m.def("linear", &linear, unlocked);
     m.def("probe_int8", &probe_int8, unlocked);
     m.def("probe_read", &probe_read, unlocked);
+    m.def("probe_float", &probe_float, unlocked);
+    m.def("crc32c", &crc32c, unlocked);
+    m.def("read_checked", &read_checked, unlocked);
+    m.def("pool_size", [] { return fewfire::Pool::shared().size(); });
+    nb::class_<fewfire::ExpertSource>(m, "ExpertSource");
+    nb::class_<fewfire::ResidentExperts, fewfire::ExpertSource>(m, "ResidentExperts")
+        .def(nb::new_(&resident_experts), "layers"_a, "record_bytes"_a);
     nb::class_<fewfire::Engine>(m, "Engine")
-        .def("__init__", [](fewfire::Engine* self, const nb::dict& spec) { new (self) fewfire::Engine(model_of(spec)); })
-        .def_prop_ro("page_elements", &fewfire::Engine::page_elements)
+        .def(
+            "__init__",
+            [](fewfire::Engine* self, const nb::dict& spec, fewfire::ExpertSource* experts) {
+                new (self) fewfire::Engine(model_of(Fields(spec)), experts);
+            },
+            "spec"_a, "experts"_a.none(), nb::keep_alive<1, 3>())
+        .def_prop_ro("page_bytes", &fewfire::Engine::page_bytes)
+        .def_prop_ro("workspace_bytes", &fewfire::Engine::workspace_bytes)
+        .def("take_timings", [](fewfire::Engine& engine) { return engine.take_timings().seconds; })
         .def("step", &step, unlocked)
         .def("head", &head, unlocked);
 }

@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention.hpp"
+#include "checksum.hpp"
 #include "dispatch.hpp"
 #include "linear.hpp"
 #include "probe.hpp"
@@ -60,6 +62,9 @@ struct ScalarOps {
         std::uint16_t halves[16];
         std::memcpy(halves, p, sizeof halves);
         return each<Float>([&](int i) { return bf16_to_float(halves[i]); });
+    }
+    static Float load_int8(const std::int8_t* p) {
+        return each<Float>([&](int i) { return static_cast<float>(p[i]); });
     }
     static void store_floats(float* p, const Float& x) { std::memcpy(p, &x, sizeof x); }
     static void store_bytes(std::uint8_t* p, const Bytes& x) { std::memcpy(p, &x, sizeof x); }
@@ -151,6 +156,8 @@ void fill_scalar(Table& table) {
     fill_templates<Scalar>(table);
     fill_quantized<ScalarOps>(table.quantized);
     fill_steps<ScalarOps>(table.quantized);
+    fill_attention<ScalarOps>(table.quantized);
+    table.crc32c = crc32c<TableStep>;
     fill_probes<ScalarOps>(table.quantized);
     table.group_by_expert = group_by_expert;
 }

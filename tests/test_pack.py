@@ -18,7 +18,6 @@ from fewfire.checkpoints.pack import (
     EXPERTS,
     MANIFEST,
     TRUNK,
-    checksum,
     cut_record,
     is_pack,
     manifest_checksum,
@@ -316,7 +315,3 @@ def test_commands_from_end_to_end(hubs, tmp_path):
     broken = run("verify", tmp_path / "pack")
     assert broken.returncode == 2 and "experts[0]" in broken.stderr and broken.stderr.count("\n") == 1
     assert run("verify", hubs["olmoe"]).returncode == 2
-
-
-def test_checksum_is_crc32():
-    assert checksum(torch.tensor(list(b"123456789"), dtype=torch.uint8)) == 0xCBF43926

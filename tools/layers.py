@@ -35,6 +35,7 @@ SIBLINGS = {
     ("plan", "families"),
     ("plan", "headers"),
     ("kernels", "_native"),
+    ("checkpoints", "kernels"),  # checksums
     ("__main__", "cli"),
 }
 

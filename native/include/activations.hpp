@@ -13,35 +13,56 @@
 namespace fewfire {
 namespace {
 
+using Words16 [[gnu::vector_size(64)]] = std::int32_t;
+using Floats16 [[gnu::vector_size(64)]] = float;
+using Bytes16 [[gnu::vector_size(16)]] = std::int8_t;
+
+inline std::int32_t sum_words(Words16 x) {
+    std::int32_t total = 0;
+    for (int lane = 0; lane < 16; ++lane) total += x[lane];
+    return total;
+}
+
+// 128 numbers of a row; `count` of them exist.
+inline void quantize_group(const float* x, std::int64_t count, std::int8_t* codes, float* scale, std::int32_t* sums) {
+    Floats16 part[8];
+    if (count < kGroup) std::memset(part, 0, sizeof part);
+    std::memcpy(part, x, static_cast<std::size_t>(count) * 4);
+    // Magnitudes compare as integers; what is not finite is the largest.
+    Words16 most{};
+    for (int i = 0; i < 8; ++i) {
+        const Words16 magnitude = reinterpret_cast<Words16>(part[i]) & 0x7fffffff;
+        most = magnitude > most ? magnitude : most;
+    }
+    std::int32_t bits = 0;
+    for (int lane = 0; lane < 16; ++lane) bits = std::max(bits, most[lane]);
+    float largest;
+    std::memcpy(&largest, &bits, 4);
+    const bool broken = bits >= 0x7f800000;
+    *scale = broken ? NAN : largest / 127.0f;
+    if (broken || largest < 1e-30f) {
+        std::memset(codes, 0, kGroup);
+        std::memset(sums, 0, kSums * 4);
+        return;
+    }
+    const float inverse = 127.0f / largest;
+    constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: to nearest, ties to even
+    for (int i = 0; i < 8; ++i) {
+        const Floats16 rounded = (part[i] * inverse + kRounder) - kRounder;
+        const Words16 integers = __builtin_convertvector(rounded, Words16);
+        const Bytes16 bytes = __builtin_convertvector(integers, Bytes16);
+        std::memcpy(codes + 16 * i, &bytes, 16);
+        sums[5 + i] = sum_words(integers);
+    }
+    for (int i = 0; i < 4; ++i) sums[1 + i] = sums[5 + 2 * i] + sums[6 + 2 * i];
+    sums[0] = sums[1] + sums[2] + sums[3] + sums[4];
+}
+
 inline void quantize_row(const float* x, std::int64_t columns, std::int8_t* codes, float* scales, std::int32_t* sums) {
     const std::int64_t groups = (columns + kGroup - 1) / kGroup;
-    for (std::int64_t g = 0; g < groups; ++g, codes += kGroup, sums += kSums) {
-        float part[kGroup] = {};
-        std::memcpy(part, x + g * kGroup, static_cast<std::size_t>(std::min(kGroup, columns - g * kGroup)) * 4);
-        std::uint32_t bits[kGroup];
-        std::memcpy(bits, part, sizeof part);
-        // Magnitudes compare as integers; what is not finite is the largest.
-        std::uint32_t most = 0;
-        for (int i = 0; i < kGroup; ++i) most = std::max(most, bits[i] & 0x7fffffffu);
-        float largest;
-        std::memcpy(&largest, &most, 4);
-        const bool broken = most >= 0x7f800000u;
-        const float inverse = broken || largest < 1e-30f ? 0.0f : 127.0f / largest;
-        scales[g] = broken ? NAN : largest / 127.0f;
-        std::int32_t integers[kGroup];
-        constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: to nearest, ties to even
-        for (int i = 0; i < kGroup; ++i) {
-            const float scaled = inverse == 0.0f ? 0.0f : part[i] * inverse;
-            integers[i] = static_cast<std::int32_t>((scaled + kRounder) - kRounder);
-        }
-        for (int i = 0; i < kGroup; ++i) codes[i] = static_cast<std::int8_t>(integers[i]);
-        for (int s = 0; s < 8; ++s) {
-            std::int32_t sum = 0;
-            for (int i = 0; i < 16; ++i) sum += integers[16 * s + i];
-            sums[5 + s] = sum;
-        }
-        for (int s = 0; s < 4; ++s) sums[1 + s] = sums[5 + 2 * s] + sums[6 + 2 * s];
-        sums[0] = sums[1] + sums[2] + sums[3] + sums[4];
+    for (std::int64_t g = 0; g < groups; ++g) {
+        quantize_group(x + g * kGroup, std::min(kGroup, columns - g * kGroup), codes + g * kGroup, scales + g,
+                       sums + g * kSums);
     }
 }
 

@@ -53,6 +53,9 @@ struct Table {
     void (*sum_rows_bf16)(const bf16* rows, const std::int64_t* positions, std::int64_t count, std::int64_t slots,
                           std::int64_t width, float* sums);
 
+    // CRC-32C of `count` bytes on top of `before` (0 at first).
+    std::uint32_t (*crc32c)(std::uint32_t before, const std::uint8_t* bytes, std::int64_t count);
+
     QuantizedTable quantized;
 };
 

@@ -333,6 +333,60 @@ void linear_plain(const Matrix& weight, std::int64_t first, std::int64_t last, c
     }
 }
 
+// kTokens rows of out, columns [first, last) of 16 kChunks each: rows of the weight are added in rising order.
+template <class Ops, class Element, int kTokens, int kChunks>
+void add_rows(const Matrix& weight, const float* x, std::int64_t x_stride, float* out, std::int64_t out_stride,
+              std::int64_t column) {
+    const auto* at = reinterpret_cast<const Element*>(weight.codes) + column;
+    typename Ops::Float sums[kTokens * kChunks];
+    unroll<kTokens * kChunks>([&](auto i) { sums[i] = Ops::zero_float(); });
+    for (std::int64_t r = 0; r < weight.rows; ++r, at += weight.columns) {
+        typename Ops::Float w[kChunks];
+        unroll<kChunks>([&](auto c) { w[c] = load_plain<Ops>(at + 16 * c, 16); });
+        unroll<kTokens>([&](auto t) {
+            const typename Ops::Float value = Ops::set_float(x[t * x_stride + r]);
+            unroll<kChunks>([&](auto c) { sums[t * kChunks + c] = Ops::fused(sums[t * kChunks + c], w[c], value); });
+        });
+    }
+    unroll<kTokens * kChunks>([&](auto i) {
+        Ops::store_floats(out + i / kChunks * out_stride + column + 16 * (i % kChunks), sums[i]);
+    });
+}
+
+template <class Ops, class Element>
+void linear_transposed_of(const Matrix& weight, const float* x, std::int64_t x_stride, std::int64_t count, float* out,
+                          std::int64_t out_stride) {
+    for (std::int64_t t = 0; t < count; t += 4) {
+        const float* rows = x + t * x_stride;
+        float* to = out + t * out_stride;
+        const int n = static_cast<int>(std::min<std::int64_t>(4, count - t));
+        std::int64_t column = 0;
+        for (; column + 64 <= weight.columns; column += 64) {
+            if (n == 4) {
+                add_rows<Ops, Element, 4, 4>(weight, rows, x_stride, to, out_stride, column);
+                continue;
+            }
+            for (int i = 0; i < n; ++i) {
+                add_rows<Ops, Element, 1, 4>(weight, rows + i * x_stride, x_stride, to + i * out_stride, out_stride, column);
+            }
+        }
+        for (; column < weight.columns; column += 16) {
+            for (int i = 0; i < n; ++i) {
+                add_rows<Ops, Element, 1, 1>(weight, rows + i * x_stride, x_stride, to + i * out_stride, out_stride, column);
+            }
+        }
+    }
+}
+
+template <class Ops>
+void linear_transposed(const Matrix& weight, const float* x, std::int64_t x_stride, std::int64_t count, float* out,
+                       std::int64_t out_stride) {
+    if (weight.format == WeightFormat::kBf16) {
+        return linear_transposed_of<Ops, std::uint16_t>(weight, x, x_stride, count, out, out_stride);
+    }
+    linear_transposed_of<Ops, float>(weight, x, x_stride, count, out, out_stride);
+}
+
 // ------------------------------------------------------------------------------------------------- all formats
 
 // Calls body(integral_constant) of `n`, from 1 to kMost.
@@ -474,6 +528,7 @@ template <class Ops>
 void fill_quantized(QuantizedTable& table) {
     table.quantize_rows = quantize_rows;
     table.linear = linear<Ops>;
+    table.linear_transposed = linear_transposed<Ops>;
 }
 
 }  // namespace

@@ -30,6 +30,23 @@ std::int64_t multiply_bytes_forever(std::int64_t rounds, std::int32_t* result) {
 }
 
 template <class Ops>
+std::int64_t multiply_floats_forever(std::int64_t rounds, float* result) {
+    constexpr int kChains = 12;
+    const typename Ops::Float factor = Ops::set_float(1.0001f), added = Ops::set_float(0.25f);
+    typename Ops::Float acc[kChains];
+    unroll<kChains>([&](auto t) { acc[t] = Ops::set_float(static_cast<float>(t)); });
+    for (std::int64_t round = 0; round < rounds; ++round) {
+        unroll<kChains>([&](auto t) { acc[t] = Ops::fused(acc[t], factor, added); });
+    }
+    typename Ops::Float sum = acc[0];
+    unroll<kChains>([&](auto t) { sum = Ops::fused(acc[t], sum, factor); });
+    float lanes[16];
+    Ops::store_floats(lanes, sum);
+    *result = lanes[0];
+    return rounds * kChains * 16 * 2;
+}
+
+template <class Ops>
 std::int32_t read_bytes(const std::uint8_t* p, std::int64_t count) {
     typename Ops::Int sums[4];
     for (int c = 0; c < 4; ++c) sums[c] = Ops::set_int(0);
@@ -50,6 +67,7 @@ std::int32_t read_bytes(const std::uint8_t* p, std::int64_t count) {
 template <class Ops>
 void fill_probes(QuantizedTable& table) {
     table.multiply_bytes_forever = multiply_bytes_forever<Ops>;
+    table.multiply_floats_forever = multiply_floats_forever<Ops>;
     table.read_bytes = read_bytes<Ops>;
 }
 

@@ -1,4 +1,5 @@
-// Products with quantized weights: the contracts. How bytes lie: docs/formats.md; the plain definition: fewfire.formats.
+// Products with quantized weights and what a layer does beside them: the contracts. How bytes lie: docs/formats.md; the
+// plain definition: fewfire.formats and fewfire.kernels.reference.
 //
 // Activations are int8 with one float32 scale for each token and 128 columns. Sums are exact in int32 within what shares
 // a weight scale; those are scaled and added in rising order of columns, each by one multiplication and one addition.
@@ -25,6 +26,7 @@ struct Matrix {
 
     std::int64_t blocks() const { return (rows + kRows - 1) / kRows; }
     std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+    explicit operator bool() const { return codes != nullptr; }
 };
 
 // Tokens as products read them, each in its own rows: values (columns), codes (groups * 128, the padding 0),
@@ -45,44 +47,77 @@ struct Activations {
     }
 };
 
-constexpr std::int64_t kMostBlocks = 2;    // blocks of 16 rows that are multiplied together
-constexpr std::int64_t kPanelGroups = 4;   // groups that are unpacked together: 16 KiB of bytes
-constexpr std::int64_t kTogether = 768;    // tokens that pass by what was unpacked
+constexpr std::int64_t kMostBlocks = 2;   // blocks of 16 rows that are multiplied together
+constexpr std::int64_t kPanelGroups = 4;  // groups that are unpacked together: 16 KiB of bytes
+constexpr std::int64_t kTogether = 768;   // tokens that pass by what was unpacked
 constexpr std::int64_t kPanelRoomBytes =
     kMostBlocks * (kPanelGroups * kGroup * kRows + kPanelGroups * 4 * kRows * 4 + kTogether * kRows * 4);
 
-// Bytes of scratch that `linear` needs for a matrix of `columns` and `tokens` tokens.
+// Bytes of scratch that `linear` needs for a matrix of `columns` and `tokens` tokens; a multiple of 64.
 constexpr std::int64_t linear_scratch(std::int64_t columns, std::int64_t tokens) {
     const std::int64_t groups = (columns + kGroup - 1) / kGroup, together = tokens < kTogether ? tokens : kTogether;
-    return kPanelRoomBytes + groups * 4 * kRows * 4 + together * groups * (kGroup + 4 + 4 * kSums) + 1024;
+    return (kPanelRoomBytes + groups * 4 * kRows * 4 + together * groups * (kGroup + 4 + 4 * kSums) + 1024) / 64 * 64;
 }
-
-enum class HiddenActivation : std::int32_t { kSilu, kGeluTanh, kRelu };
 
 using bf16 = std::uint16_t;
 
+// ------------------------------------------------------------------------------------------------ feed-forward
+
+enum class HiddenActivation : std::int32_t { kSilu, kGeluTanh, kRelu, kGelu, kSwigluClamped };
+
+// What lies between a feed-forward's matrices. hidden = act(gate) * up, or act(up) where gate is null; swiglu_clamped as
+// fewfire.config says. Biases (null: none) are added first; `weight` multiplies gate and up before them.
+struct Gating {
+    HiddenActivation activation = HiddenActivation::kSilu;
+    float alpha = 0, limit = 0;  // of swiglu_clamped
+    const float *gate_bias = nullptr, *up_bias = nullptr;
+    float weight = 1;
+};
+
+// --------------------------------------------------------------------------------------------------- attention
+
 constexpr std::int64_t kPageTokens = 64;  // tokens of one page of the cache
+constexpr int kMostQueries = 6;
 
-// Up to 4 queries that share a key-value head. A page holds, for that head at `offset`, the keys of 64 tokens in four
-// blocks of (width, 16 tokens), then their values (64, width). Query q sees keys up to its position, the last `window`
-// of them (0: all). sink: one more score that takes probability and gives nothing (-inf: none).
+// Keys and values of 64 tokens: see docs/engine.md.
+enum class CacheFormat : std::int32_t { kBf16, kQ8 };
+
+// What a page holds of one layer, for each key-value head or, `is_latent`, for all heads together.
+struct CacheShape {
+    CacheFormat format = CacheFormat::kBf16;
+    bool is_latent = false;
+    std::int64_t key_width = 0, value_width = 0;  // latent: the value is the first part of the key
+
+    std::int64_t element_bytes() const { return format == CacheFormat::kQ8 ? 1 : 2; }
+    std::int64_t stored_width() const { return is_latent ? key_width : key_width + value_width; }
+    // Of one head; q8 has two scales a token: of keys and values, or of a latent's value and the rest of its key.
+    std::int64_t page_bytes() const {
+        const std::int64_t scales = format == CacheFormat::kQ8 ? 2 * kPageTokens * 4 : 0;
+        return kPageTokens * stored_width() * element_bytes() + scales;
+    }
+};
+
+// One token's key and value (value null for a latent) into place `slot` of a page's head.
+struct CacheWrite {
+    std::uint8_t* page = nullptr;
+    std::int64_t slot = 0;
+    const float *key = nullptr, *value = nullptr;
+};
+
+// Up to kMostQueries queries that share a head, each over pages of one sequence. Query q sees keys [first[q], last[q]),
+// and of those only where its bit in selected[q] (null: all) is set. sink: one more score that takes probability and
+// gives nothing (-inf: none). cap: scores become cap * tanh(score / cap) (0: none).
 struct AttentionJob {
-    const bf16* const* pages = nullptr;
-    std::int64_t offset = 0, width = 0, window = 0;
-    float scale = 1;
+    CacheShape shape;
+    const std::uint8_t* const* pages = nullptr;
+    std::int64_t offset = 0;  // of the head within a page, in bytes
+    float scale = 1, cap = 0;
     int num_queries = 0;
-    const float* queries[4] = {};
-    float* out[4] = {};
-    std::int64_t positions[4] = {};
-    float sink[4] = {};
-    float* scratch = nullptr;  // num_queries times the context, rounded up to 16, and 16 more
-
-    const bf16* keys(std::int64_t key) const {
-        return pages[key / kPageTokens] + offset + key % kPageTokens / 16 * 16 * width;
-    }
-    const bf16* values(std::int64_t key) const {
-        return pages[key / kPageTokens] + offset + (kPageTokens + key % kPageTokens) * width;
-    }
+    const float* queries[kMostQueries] = {};
+    float* out[kMostQueries] = {};  // value_width each
+    std::int64_t first[kMostQueries] = {}, last[kMostQueries] = {};
+    float sink[kMostQueries] = {};
+    const std::uint64_t* selected[kMostQueries] = {};  // a bit a key, a word a page
 };
 
 struct QuantizedTable {
@@ -96,21 +131,40 @@ struct QuantizedTable {
                    const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride,
                    std::uint8_t* scratch);
 
+    // out (count, columns) = x (count, rows) times rows (rows, columns) of bf16 or f32, added in rising order of rows.
+    void (*linear_transposed)(const Matrix& weight, const float* x, std::int64_t x_stride, std::int64_t count, float* out,
+                              std::int64_t out_stride);
+
     // out = x over the root of its mean square, times weight (null: 1). May be in place.
     void (*rms_norm)(const float* x, const float* weight, std::int64_t width, float eps, float* out);
 
-    // hidden = act(gate) * up, or act(up) where gate is null; may be written over either.
-    void (*activate)(const float* gate, const float* up, std::int64_t width, HiddenActivation activation, float* hidden);
+    // out = (x - mean) / sqrt(variance + eps) * weight (null: 1) + bias (null: 0). May be in place.
+    void (*layer_norm)(const float* x, const float* weight, const float* bias, std::int64_t width, float eps, float* out);
+
+    // hidden may be written over gate or up.
+    void (*activate)(const Gating& gating, const float* gate, const float* up, std::int64_t width, float* hidden);
 
     // In place; softmax needs room for a multiple of 16 numbers.
     void (*softmax)(float* x, std::int64_t count);
     void (*sigmoids)(float* x, std::int64_t count);
 
-    // The width is a multiple of 16.
+    // x *= sigmoid(gate).
+    void (*gate_by)(float* x, const float* gate, std::int64_t count);
+
+    // sum += (x + bias) * weight; bias may be null.
+    void (*add_weighted)(float* sum, const float* x, const float* bias, float weight, std::int64_t count);
+
+    // Rotates a head's first 2 * half numbers by `half` angles: pairs i, i + half, or 2 i, 2 i + 1.
+    void (*rotate)(float* head, const float* cos, const float* sin, std::int64_t half, bool is_interleaved);
+
+    // Widths are multiples of 16.
+    void (*write_cache)(const CacheShape& shape, const CacheWrite& write);
     void (*attend)(const AttentionJob& job);
 
-    // Probes: byte products from registers alone, their number (an addition counts) returned; and one pass over memory.
+    // Probes: byte products from registers alone, their number (an addition counts) returned; the same in float32; and
+    // one pass over memory.
     std::int64_t (*multiply_bytes_forever)(std::int64_t rounds, std::int32_t* result);
+    std::int64_t (*multiply_floats_forever)(std::int64_t rounds, float* result);
     std::int32_t (*read_bytes)(const std::uint8_t* p, std::int64_t count);
 };
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -23,9 +22,10 @@ from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError, FormatError
 from fewfire.formats import PACK_FORMATS, Encoded, decode, sizes
 from fewfire.headers import DTYPE_BYTES, TensorHeader, read_safetensors
+from fewfire.kernels import crc32c
 from fewfire.plan.memory import Formats
 
-VERSION = 1
+VERSION = 2  # 1 had CRC-32 checksums
 MANIFEST, CONFIG, TRUNK, EXPERTS = "fewfire.json", "config.json", "trunk.safetensors", "experts.bin"
 _MANIFEST_KEYS = {"pack_version", "made_by", "formats", "files", "trunk", "experts", "source", "checksum"}
 PLAIN_DTYPES = {"f32": "F32", "bf16": "BF16"}
@@ -37,9 +37,14 @@ def is_pack(folder: str | Path) -> bool:
 
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> int:
-    """CRC-32 of the manifest without its own checksum, as compact JSON with sorted keys."""
+    """CRC-32C of the manifest without its own checksum, as compact JSON with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("utf-8"))
+    return bytes_checksum(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("utf-8"))
+
+
+def bytes_checksum(content: bytes) -> int:
+    """CRC-32C of `content`."""
+    return crc32c(torch.frombuffer(bytearray(content), dtype=torch.uint8)) if content else 0
 
 
 def stored_parts(placed: Placed) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -81,9 +86,9 @@ class Pack:
         read = []
         for name, _, _ in stored_parts(placed):
             values = shards.read(self.trunk_headers[name]).reshape(-1).view(torch.uint8)
-            if verify and checksum(values) != self.trunk_checksum(name):
+            if verify and crc32c(values) != self.trunk_checksum(name):
                 header = self.trunk_headers[name]
-                raise FormatError(_DAMAGED, path=str(header.path), record=name, offset=header.offset)
+                raise FormatError(DAMAGED, path=str(header.path), record=name, offset=header.offset)
             read.append(values)
         return Encoded(read[0], read[1] if len(read) > 1 else torch.empty(0, dtype=torch.uint8))
 
@@ -94,8 +99,8 @@ class Pack:
         header = TensorHeader(name, "U8", (place.record_bytes,), path, place.record_offset(expert), place.record_bytes)
         with Shards() as shards:
             record = shards.read(header)
-        if verify and checksum(record) != self.expert_checksum(layer, expert):
-            raise FormatError(_DAMAGED, path=str(path), record=name, offset=header.offset)
+        if verify and crc32c(record) != self.expert_checksum(layer, expert):
+            raise FormatError(DAMAGED, path=str(path), record=name, offset=header.offset)
         return record
 
     def parameters(self) -> Iterator[tuple[str, int | None, Tensor]]:
@@ -111,12 +116,7 @@ class Pack:
                     yield layer.prefix + placed.name, expert, values
 
 
-_DAMAGED = "is not what was written (its checksum differs); copy or make the pack again"
-
-
-def checksum(values: Tensor) -> int:
-    """CRC-32 of the bytes of a contiguous tensor."""
-    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data)
+DAMAGED = "is not what was written (its checksum differs); copy or make the pack again"
 
 
 def record_name(layer: ExpertLayer, expert: int) -> str:
@@ -168,11 +168,13 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     manifest = _read_object(path)
     version = manifest.get("pack_version")
-    if type(version) is not int or version < 1:
-        raise FormatError(f"is {version!r}, expected {VERSION}", path=str(path), record="pack_version")
+    if type(version) is not int or version < VERSION:
+        raise FormatError(
+            f"is {version!r}, this fewfire reads {VERSION}; make the pack again", path=str(path), record="pack_version"
+        )
     if version > VERSION:
         raise FormatError(
-            f"is {version}, this fewfire reads up to {VERSION}; update fewfire, or make the pack again",
+            f"is {version}, this fewfire reads {VERSION}; update fewfire, or make the pack again",
             path=str(path),
             record="pack_version",
         )
@@ -180,7 +182,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if missing:
         raise FormatError("is missing; copy or make the pack again", path=str(path), record=missing[0])
     if manifest["checksum"] != manifest_checksum(manifest):
-        raise FormatError(_DAMAGED, path=str(path))
+        raise FormatError(DAMAGED, path=str(path))
     for key in ("formats", "files", "trunk", "experts"):
         if not isinstance(manifest[key], dict):
             raise FormatError(f"is {str(manifest[key])[:60]!r}, expected an object", path=str(path), record=key)
@@ -221,8 +223,8 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             content = path.read_bytes()
         except OSError as error:
             raise FormatError(f"cannot be read ({error.strerror}); complete the pack", path=str(path)) from error
-        if len(content) != entry["bytes"] or zlib.crc32(content) != entry["checksum"]:
-            raise FormatError(_DAMAGED, path=str(path))
+        if len(content) != entry["bytes"] or bytes_checksum(content) != entry["checksum"]:
+            raise FormatError(DAMAGED, path=str(path))
 
 
 def _check_experts(folder: Path, manifest: Mapping[str, Any], layout: Layout) -> None:

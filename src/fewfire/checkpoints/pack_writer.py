@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import shutil
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +30,7 @@ from fewfire.checkpoints.pack import (
     PLAIN_DTYPES,
     TRUNK,
     VERSION,
-    checksum,
+    bytes_checksum,
     formats_to_json,
     manifest_checksum,
 )
@@ -40,6 +39,7 @@ from fewfire.checkpoints.shards import TORCH_DTYPES, Outgoing, write_safetensors
 from fewfire.config import ModelConfig, check
 from fewfire.errors import FormatError
 from fewfire.formats import Encoded, sizes
+from fewfire.kernels import crc32c
 from fewfire.plan.memory import Formats
 
 
@@ -115,7 +115,7 @@ def _small_files(
     found = {}
     for name in names:
         content = (folder / name).read_bytes()
-        found[name] = {"bytes": len(content), "checksum": zlib.crc32(content)}
+        found[name] = {"bytes": len(content), "checksum": bytes_checksum(content)}
     return found
 
 
@@ -144,7 +144,7 @@ class _Writer:
         def outgoing(placed: Placed, name: str, kind: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Outgoing:
             def make() -> Tensor:
                 values = self._trunk_part(placed, kind)
-                checksums[name] = checksum(values)
+                checksums[name] = crc32c(values)
                 self._progress(values.numel())
                 return values.view(dtype).reshape(shape)
 
@@ -175,7 +175,7 @@ class _Writer:
                 checksums = []
                 for record in self._records(layer):
                     file.write(record.numpy().data)
-                    checksums.append(checksum(record))
+                    checksums.append(crc32c(record))
                     self._progress(layer.record_bytes)
                 entry = {"prefix": layer.prefix, "offset": layer.offset, "record_bytes": layer.record_bytes}
                 entries.append(entry | {"checksums": checksums})

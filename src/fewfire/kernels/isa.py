@@ -5,6 +5,7 @@ The choice is made at the first call, from FEWFIRE_ISA or what the processor all
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 
@@ -26,12 +27,18 @@ class _Choice:
 _choice = _Choice()
 
 
+@functools.cache
 def _load() -> ModuleType | None:
     try:
         from fewfire import _native
     except ImportError:
         return None
     return _native
+
+
+def extension() -> ModuleType | None:
+    """The extension whatever kernels run on, or None where it is not built: for what has one answer only."""
+    return _load()
 
 
 def native() -> ModuleType | None:

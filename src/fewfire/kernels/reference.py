@@ -99,3 +99,56 @@ def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> 
         both_TN = scales_NP[:, part] * act_scales_TG[:, part * run // GROUP, None]
         total_TN = total_TN + exact_TN.float() * both_TN
     return total_TN[:, : shape[0]]
+
+
+# -------------------------------------------------------------------------------------------------------- checksums
+
+_POLYNOMIAL = 0x82F63B78
+_LANES = 4096  # runs of bytes that go through the table side by side
+
+
+def _crc_table() -> Tensor:
+    table = torch.arange(256, dtype=torch.int64)
+    for _ in range(8):
+        table = torch.where((table & 1) == 1, (table >> 1) ^ _POLYNOMIAL, table >> 1)
+    return table
+
+
+def _step_zeros(crc: int, matrix: list[int]) -> int:
+    """The register after as many zero bytes as `matrix` (the image of each bit) stands for."""
+    made = 0
+    for bit, image in enumerate(matrix):
+        if crc >> bit & 1:
+            made ^= image
+    return made
+
+
+def _zeros_matrix(count: int) -> list[int]:
+    """The image of every bit of the register under `count` zero bytes, by squaring."""
+    table = _crc_table().tolist()
+    power = [table[(1 << bit) & 255] ^ ((1 << bit) >> 8) for bit in range(32)]
+    made = [1 << bit for bit in range(32)]
+    while count:
+        if count & 1:
+            made = [_step_zeros(image, power) for image in made]
+        power = [_step_zeros(image, power) for image in power]
+        count >>= 1
+    return made
+
+
+def crc32c(bytes_: Tensor, before: int = 0) -> int:
+    """CRC-32C of a uint8 vector: a table of 256, byte by byte, in many runs side by side that are joined at the end."""
+    table, crc = _crc_table(), before ^ 0xFFFFFFFF
+    run = bytes_.numel() // _LANES
+    if run:
+        lanes = torch.zeros(_LANES, dtype=torch.int64)
+        columns = bytes_[: run * _LANES].reshape(_LANES, run).t().contiguous().long()
+        for column in columns:
+            lanes = table[(lanes ^ column) & 255] ^ (lanes >> 8)
+        shift = _zeros_matrix(run)
+        for lane in lanes.tolist():
+            crc = _step_zeros(crc, shift) ^ lane
+    plain = table.tolist()
+    for byte in bytes_[run * _LANES :].tolist():
+        crc = plain[(crc ^ byte) & 255] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF

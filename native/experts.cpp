@@ -1,0 +1,263 @@
+#include "experts.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "dispatch.hpp"
+#include "pool.hpp"
+
+namespace fewfire {
+namespace {
+
+constexpr std::int64_t kBatchSlots = 1024;  // hidden rows that are made before they are used
+constexpr std::int64_t kLooseSlots = 512;   // up to here every slot's output is kept, and experts may come in any order
+
+// Numbers [first, first + count) of a vector of a record as float32, in `room` unless they lie so already.
+const float* read_vector(const RecordVector& vector, const std::uint8_t* record, std::int64_t first, std::int64_t count,
+                         float* room) {
+    if (vector.size == 0) return nullptr;
+    const std::uint8_t* from = record + vector.offset;
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (vector.format == WeightFormat::kF32) {
+            std::memcpy(room + i, from + (first + i) * 4, 4);
+        } else {
+            std::uint16_t half;
+            std::memcpy(&half, from + (first + i) * 2, 2);
+            const std::uint32_t wide = static_cast<std::uint32_t>(half) << 16;
+            std::memcpy(room + i, &wide, 4);
+        }
+    }
+    return room;
+}
+
+}  // namespace
+
+// Some tokens of one expert: slots [first, first + count) of the sorted assignment.
+struct ExpertRun::Segment {
+    const std::uint8_t* record;
+    std::int64_t first, count;
+};
+
+struct ExpertRun::Given {
+    const std::int32_t* experts;
+    const std::uint8_t* const* records;
+    std::size_t count;
+};
+
+ExpertRun::ExpertRun(const ExpertLayout& layout, const Activations& acts, const Assignment& assignment,
+                     ExpertWorkspace& room, std::int64_t num_threads)
+    : layout_(layout), acts_(acts), to_(assignment), room_(room), threads_(num_threads) {
+    sort_slots();
+}
+
+void ExpertRun::want(int layer, ExpertSource& source) {
+    const bool in_order = room_.starts.back() > kLooseSlots;
+    if (!room_.busy.empty()) source.want(layer, room_.busy.data(), static_cast<int>(room_.busy.size()), in_order);
+}
+
+void ExpertRun::finish(ExpertSource& source, float* sums, std::int64_t stride) {
+    sums_ = sums, stride_ = stride;
+    Pool::shared().run(threads_, to_.count, row_grain(to_.count), [&](std::int64_t begin, std::int64_t end, int) {
+        std::memset(sums_ + begin * stride_, 0, static_cast<std::size_t>((end - begin) * stride_) * 4);
+    });
+    const int wanted = static_cast<int>(room_.busy.size());
+    const bool in_order = room_.starts.back() > kLooseSlots;
+    std::vector<std::int32_t> experts(static_cast<std::size_t>(wanted));
+    std::vector<const std::uint8_t*> records(static_cast<std::size_t>(wanted));
+    bool kept = false;
+    for (int taken = 0; taken < wanted;) {
+        const int some = source.take(wanted - taken, experts.data(), records.data());
+        taken += some;
+        const Given given{experts.data(), records.data(), static_cast<std::size_t>(some)};
+        if (in_order || some == wanted) {
+            add_in_order(given);
+        } else {
+            keep_outputs(given);
+            kept = true;
+        }
+        source.give_back(experts.data(), some);
+    }
+    if (kept) add_kept();
+}
+
+// Slots sorted by expert, in the order of tokens within one; `busy`: the experts that have any.
+void ExpertRun::sort_slots() {
+    const std::int64_t slots = to_.count * to_.top_k, experts = layout_.num_experts;
+    room_.starts.assign(static_cast<std::size_t>(experts + 1), 0);
+    room_.order.resize(static_cast<std::size_t>(slots));
+    room_.tokens.resize(static_cast<std::size_t>(slots));
+    room_.busy.clear();
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
+        if (to_.chosen[slot] >= 0) ++room_.starts[static_cast<std::size_t>(to_.chosen[slot]) + 1];
+    }
+    for (std::int64_t e = 0; e < experts; ++e) {
+        const auto at = static_cast<std::size_t>(e);
+        if (room_.starts[at + 1] > 0) room_.busy.push_back(static_cast<std::int32_t>(e));
+        room_.starts[at + 1] += room_.starts[at];
+    }
+    std::vector<std::int32_t> next(room_.starts.begin(), room_.starts.end() - 1);
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
+        if (to_.chosen[slot] < 0) continue;
+        const auto place = static_cast<std::size_t>(next[static_cast<std::size_t>(to_.chosen[slot])]++);
+        room_.order[place] = static_cast<std::int32_t>(slot);
+        room_.tokens[place] = static_cast<std::int32_t>(slot / to_.top_k);
+    }
+}
+
+// Experts given in rising order: hidden rows for some slots at a time, then their outputs added to the sums.
+void ExpertRun::add_in_order(const Given& given) {
+    std::vector<Segment> segments;
+    std::int64_t rows = 0;
+    const auto flush = [&] {
+        if (segments.empty()) return;
+        make_hidden(segments, segments.front().first, true);
+        add_outputs(segments, segments.front().first);
+        segments.clear();
+        rows = 0;
+    };
+    for (std::size_t i = 0; i < given.count; ++i) {
+        for (std::int64_t first = start(given.experts[i]), last = start(given.experts[i] + 1); first < last;) {
+            const std::int64_t some = std::min(last - first, kBatchSlots - rows);
+            segments.push_back({given.records[i], first, some});
+            first += some;
+            rows += some;
+            if (rows == kBatchSlots) flush();
+        }
+    }
+    flush();
+}
+
+// Experts in any order: every slot's output is kept until all are there.
+void ExpertRun::keep_outputs(const Given& given) {
+    std::vector<Segment> segments;
+    for (std::size_t i = 0; i < given.count; ++i) {
+        const std::int64_t first = start(given.experts[i]);
+        segments.push_back({given.records[i], first, start(given.experts[i] + 1) - first});
+    }
+    make_hidden(segments, 0, false);
+    const std::int64_t blocks = (width() + kRows - 1) / kRows, out_stride = row_stride(width());
+    float* outs = room_.outs.reserve(room_.starts.back() * out_stride);
+    const Activations hidden = reserve_hidden(0);
+    const std::int64_t grain = block_grain(blocks, threads_, 1);
+    Pool::shared().run(threads_, blocks, grain, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (const Segment& segment : segments) {
+            const Matrix down = ExpertLayout::matrix(layout_.down, segment.record);
+            multiply(down, begin, end, hidden.from(segment.first), nullptr, segment.count,
+                     outs + segment.first * out_stride, out_stride, worker);
+        }
+    });
+    if (layout_.down_bias.size != 0) add_biases(segments, outs, out_stride);
+}
+
+// Kept outputs hold their bias already: outputs come from different records.
+void ExpertRun::add_biases(const std::vector<Segment>& segments, float* outs, std::int64_t out_stride) {
+    std::vector<float> bias(static_cast<std::size_t>(width()));
+    for (const Segment& segment : segments) {
+        read_vector(layout_.down_bias, segment.record, 0, width(), bias.data());
+        for (std::int64_t slot = segment.first; slot < segment.first + segment.count; ++slot) {
+            float* out = outs + slot * out_stride;
+            for (std::int64_t i = 0; i < width(); ++i) out[i] += bias[static_cast<std::size_t>(i)];
+        }
+    }
+}
+
+void ExpertRun::add_kept() {
+    const std::int64_t out_stride = row_stride(width()), slots = room_.starts.back();
+    for (std::int64_t slot = 0; slot < slots; ++slot) {
+        const auto at = static_cast<std::size_t>(slot);
+        table().quantized.add_weighted(sums_ + room_.tokens[at] * stride_, room_.outs.data() + slot * out_stride, nullptr,
+                                       output_weight(slot), width());
+    }
+}
+
+// Rows of the hidden state: of slot s at s - base.
+Activations ExpertRun::reserve_hidden(std::int64_t base) {
+    const std::int64_t slots = room_.starts.back() - base;
+    return room_.hidden.reserve(std::min(slots, std::max(kBatchSlots, kLooseSlots)), layout_.up.rows);
+}
+
+void ExpertRun::make_hidden(const std::vector<Segment>& segments, std::int64_t base, bool in_order) {
+    const std::int64_t blocks = (layout_.up.rows + kRows - 1) / kRows;
+    const std::int64_t threads = threads_ <= 0 ? Pool::shared().size() : threads_;
+    const auto count = static_cast<std::int64_t>(segments.size());
+    const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, std::max<std::int64_t>(1, blocks / 2));
+    const Activations hidden = reserve_hidden(base);
+    Pool::shared().run(threads_, count * pieces, 1, [&](std::int64_t item, std::int64_t, int worker) {
+        const std::int64_t piece = item % pieces, pairs = (blocks + 1) / 2;
+        const std::int64_t begin = 2 * (pairs * piece / pieces), end = std::min(blocks, 2 * (pairs * (piece + 1) / pieces));
+        if (begin < end) hidden_piece(segments[static_cast<std::size_t>(item / pieces)], hidden, base, begin, end, worker);
+    });
+    if (in_order) {
+        const std::int64_t first = segments.front().first, last = segments.back().first + segments.back().count;
+        return quantize_all(hidden.from(first - base), last - first, threads_);
+    }
+    Pool::shared().run(threads_, count, 1, [&](std::int64_t item, std::int64_t, int) {
+        const Segment& segment = segments[static_cast<std::size_t>(item)];
+        table().quantized.quantize_rows(hidden, segment.first - base, segment.count);
+    });
+}
+
+// act(gate) * up of some rows of one expert.
+void ExpertRun::hidden_piece(const Segment& segment, const Activations& hidden, std::int64_t base, std::int64_t begin,
+                  std::int64_t end, int worker) {
+    const std::int64_t first = begin * kRows, rows = std::min(end * kRows, layout_.up.rows) - first;
+    const std::int64_t stride = row_stride(rows);
+    const auto extra = static_cast<std::size_t>((segment.count + 2) * stride * 4 + 63) / 64 * 64;
+    auto* gates = reinterpret_cast<float*>(worker_scratch(worker, extra, acts_.columns, segment.count));
+    const std::int32_t* tokens = room_.tokens.data() + segment.first;
+    const Matrix gate = ExpertLayout::matrix(layout_.gate, segment.record);
+    const Matrix up = ExpertLayout::matrix(layout_.up, segment.record);
+    float* rows_out = hidden.values + (segment.first - base) * hidden.stride;
+    multiply(up, begin, end, acts_, tokens, segment.count, rows_out, hidden.stride, worker, extra);
+    if (gate) multiply(gate, begin, end, acts_, tokens, segment.count, gates - first, stride, worker, extra);
+    Gating gating{layout_.activation, layout_.alpha, layout_.limit};
+    gating.gate_bias = read_vector(layout_.gate_bias, segment.record, first, rows, gates + segment.count * stride);
+    gating.up_bias = read_vector(layout_.up_bias, segment.record, first, rows, gates + (segment.count + 1) * stride);
+    for (std::int64_t t = 0; t < segment.count; ++t) {
+        if (to_.is_input_weighted) gating.weight = slot_weight(segment.first + t);
+        float* made = rows_out + t * hidden.stride + first;
+        table().quantized.activate(gating, gate ? gates + t * stride : nullptr, made, rows, made);
+    }
+}
+
+// sums += the weighted outputs of segments that follow one another. Parts are runs of output rows.
+void ExpertRun::add_outputs(const std::vector<Segment>& segments, std::int64_t base) {
+    const std::int64_t blocks = (width() + kRows - 1) / kRows;
+    const Activations hidden = reserve_hidden(base);
+    const std::int64_t slots = segments.back().first + segments.back().count - base;
+    const std::int64_t grain = block_grain(blocks, threads_, slots);
+    Pool::shared().run(threads_, blocks, grain, [&](std::int64_t begin, std::int64_t end, int worker) {
+        const std::int64_t first = begin * kRows, rows = std::min(end * kRows, width()) - first, stride = row_stride(rows);
+        for (const Segment& segment : segments) {
+            const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4 + 63) / 64 * 64;
+            auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, hidden.columns, segment.count));
+            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden.from(segment.first - base), nullptr,
+                     segment.count, out - first, stride, worker, extra);
+            const float* bias =
+                read_vector(layout_.down_bias, segment.record, first, rows, out + segment.count * stride);
+            for (std::int64_t t = 0; t < segment.count; ++t) {
+                const std::int64_t slot = segment.first + t;
+                float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;
+                table().quantized.add_weighted(sum, out + t * stride, bias, output_weight(slot), rows);
+            }
+        }
+    });
+}
+
+void ResidentExperts::want(int layer, const std::int32_t* experts, int count, bool) {
+    layer_ = layer;
+    wanted_.assign(experts, experts + count);
+    taken_ = 0;
+}
+
+int ResidentExperts::take(int most, std::int32_t* experts, const std::uint8_t** records) {
+    const auto at = static_cast<std::size_t>(layer_);
+    int count = 0;
+    for (; count < most && taken_ < wanted_.size(); ++count, ++taken_) {
+        experts[count] = wanted_[taken_];
+        records[count] = layers_[at] + experts[count] * record_bytes_[at];
+    }
+    return count;
+}
+
+}  // namespace fewfire

@@ -1,0 +1,101 @@
+// Routed experts: where their records are, and the arithmetic over those that tokens were sent to.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "model.hpp"
+#include "workspace.hpp"
+
+namespace fewfire {
+
+// Where the records of experts come from. One layer at a time: want, then take and give back until all have been taken.
+class ExpertSource {
+public:
+    ExpertSource() = default;
+    virtual ~ExpertSource() = default;
+    ExpertSource(const ExpertSource&) = delete;
+    ExpertSource& operator=(const ExpertSource&) = delete;
+
+    // The distinct experts that layer `layer` runs next, rising. `in_order`: they are to be given out so.
+    virtual void want(int layer, const std::int32_t* experts, int count, bool in_order) = 0;
+
+    // Up to `most` of the wanted experts that are in memory, and where; waits until there is one. 0: all were taken.
+    // Throws ReadError where a record cannot be had.
+    virtual int take(int most, std::int32_t* experts, const std::uint8_t** records) = 0;
+
+    // What was taken is not needed any longer.
+    virtual void give_back(const std::int32_t* experts, int count) = 0;
+
+    // Seconds that take() has waited since this was last asked.
+    virtual double waited_s() { return 0; }
+};
+
+// All records in memory: each layer's one after the other.
+class ResidentExperts final : public ExpertSource {
+public:
+    explicit ResidentExperts(std::vector<const std::uint8_t*> layers, std::vector<std::int64_t> record_bytes)
+        : layers_(std::move(layers)), record_bytes_(std::move(record_bytes)) {}
+
+    void want(int layer, const std::int32_t* experts, int count, bool in_order) override;
+    int take(int most, std::int32_t* experts, const std::uint8_t** records) override;
+    void give_back(const std::int32_t*, int) override {}
+
+private:
+    std::vector<const std::uint8_t*> layers_;
+    std::vector<std::int64_t> record_bytes_;
+    std::vector<std::int32_t> wanted_;
+    std::size_t taken_ = 0;
+    int layer_ = 0;
+};
+
+// Who goes to which expert: `chosen` and `weights` are (count, top_k); a negative id is nobody.
+struct Assignment {
+    const std::int32_t* chosen;
+    const float* weights;
+    std::int64_t count, top_k;
+    bool is_input_weighted;
+};
+
+// The experts of one layer over some tokens, in two halves, so that something else can run while records arrive.
+class ExpertRun {
+public:
+    // `acts`: the tokens, with codes. All must stay until the end of finish().
+    ExpertRun(const ExpertLayout& layout, const Activations& acts, const Assignment& assignment, ExpertWorkspace& room,
+              std::int64_t num_threads);
+
+    // Tells the source which experts of layer `layer` are needed.
+    void want(int layer, ExpertSource& source);
+
+    // sums (count, model_dim, rows `stride` apart) = the weighted sum of each token's experts, added in rising order of
+    // expert, whatever the order in which they come.
+    void finish(ExpertSource& source, float* sums, std::int64_t stride);
+
+private:
+    struct Segment;
+    struct Given;
+    std::int64_t width() const { return layout_.down.rows; }
+    std::int64_t start(std::int64_t expert) const { return room_.starts[static_cast<std::size_t>(expert)]; }
+    float slot_weight(std::int64_t slot) const { return to_.weights[room_.order[static_cast<std::size_t>(slot)]]; }
+    float output_weight(std::int64_t slot) const { return to_.is_input_weighted ? 1.0f : slot_weight(slot); }
+    Activations reserve_hidden(std::int64_t base);
+    void sort_slots();
+    void add_in_order(const Given& given);
+    void keep_outputs(const Given& given);
+    void add_biases(const std::vector<Segment>& segments, float* outs, std::int64_t out_stride);
+    void add_kept();
+    void make_hidden(const std::vector<Segment>& segments, std::int64_t base, bool in_order);
+    void hidden_piece(const Segment& segment, const Activations& hidden, std::int64_t base, std::int64_t begin,
+                      std::int64_t end, int worker);
+    void add_outputs(const std::vector<Segment>& segments, std::int64_t base);
+
+    const ExpertLayout& layout_;
+    const Activations& acts_;
+    Assignment to_;
+    ExpertWorkspace& room_;
+    std::int64_t threads_;
+    float* sums_ = nullptr;
+    std::int64_t stride_ = 0;
+};
+
+}  // namespace fewfire

@@ -1,0 +1,127 @@
+"""A pack's bytes in memory, as they are stored: read in large pieces by several threads, checked while they are hot.
+
+Owns where weights lie: one region for the trunk, one for the experts, in huge pages where the system gives them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewfire.checkpoints.pack import DAMAGED, EXPERTS, TRUNK, Pack, record_name, stored_parts
+from fewfire.checkpoints.pack_layout import Placed
+from fewfire.errors import ConfigError, FormatError
+from fewfire.formats import Encoded, decode
+from fewfire.kernels import read_checked
+from fewfire.kernels.linear import NATIVE_FORMATS
+
+ALIGNMENT = 64  # of every tensor: a cache line, and the widest vector
+_READERS = 4
+Report = Callable[[int], None]  # bytes that are there now, besides those before
+
+
+class Piece(NamedTuple):
+    """A run of a file and where it goes. `checksum` is that of all of it; `record` names it in errors."""
+
+    offset: int
+    values: Tensor
+    checksum: int
+    record: str
+
+
+def huge_memory(num_bytes: int) -> Tensor:
+    """uint8 memory of its own, page-aligned, zeros without cost until written; in huge pages where the system does so."""
+    memory = mmap.mmap(-1, max(num_bytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+
+def read_pieces(path: Path, pieces: Iterable[Piece], report: Report = lambda num_bytes: None) -> None:
+    """Fill all pieces from the file `path`. `report` hears the bytes of each when it is there.
+
+    Raises: FormatError naming file, record and byte where the file ends early or a checksum differs; ConfigError where
+    it cannot be read.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); complete the pack") from error
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for num_bytes in pool.map(lambda piece: _read_piece(file, path, piece), pieces):
+                report(num_bytes)
+    finally:
+        os.close(file)
+
+
+def _read_piece(file: int, path: Path, piece: Piece) -> int:
+    try:
+        done, checksum = read_checked(file, piece.offset, piece.values)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the disk") from error
+    where = piece.offset + done
+    if done < piece.values.numel():
+        raise FormatError("the file ends here; copy or make the pack again", path=str(path), record=piece.record, offset=where)
+    if checksum != piece.checksum:
+        raise FormatError(DAMAGED, path=str(path), record=piece.record, offset=piece.offset)
+    return done
+
+
+class Trunk:
+    """All that is not a routed expert, as stored. Raises as `read_pieces`."""
+
+    def __init__(self, pack: Pack, report: Report = lambda num_bytes: None):
+        self.placed: dict[str, Placed] = {each.name: each for each in pack.layout.trunk}
+        sizes = {name: header.num_bytes for name, header in pack.trunk_headers.items()}
+        offsets, end = {}, 0
+        for name in sorted(sizes, key=lambda name: pack.trunk_headers[name].offset):
+            offsets[name], end = end, end + -(-sizes[name] // ALIGNMENT) * ALIGNMENT
+        self.memory = huge_memory(end)
+        self._stored = {name: self.memory[start : start + sizes[name]] for name, start in offsets.items()}
+        headers = pack.trunk_headers
+        pieces = [
+            Piece(headers[name].offset, values, pack.trunk_checksum(name), name) for name, values in self._stored.items()
+        ]
+        read_pieces(pack.folder / TRUNK, pieces, report)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.placed
+
+    def encoded(self, name: str) -> Encoded:
+        """A parameter as it is stored; no copy."""
+        parts = [self._stored[part] for part, _, _ in stored_parts(self.placed[name])]
+        return Encoded(parts[0], parts[1] if len(parts) > 1 else torch.empty(0, dtype=torch.uint8))
+
+    def values(self, name: str) -> Tensor:
+        """A parameter as float32."""
+        placed = self.placed[name]
+        return decode(self.encoded(name), placed.format, placed.shape)
+
+    def matrix(self, name: str) -> tuple[int, int, int, int, int]:
+        """(format, address of codes, of scales, rows, columns) for the engine; a vector is one row."""
+        placed, encoded = self.placed[name], self.encoded(name)
+        rows = placed.shape[0] if len(placed.shape) > 1 else 1
+        scales = encoded.scales.data_ptr() if encoded.scales.numel() else 0
+        return NATIVE_FORMATS[placed.format], encoded.codes.data_ptr(), scales, rows, placed.shape[-1]
+
+
+def read_experts(pack: Pack, report: Report = lambda num_bytes: None) -> Tensor:
+    """experts.bin in memory, byte for byte. Raises as `read_pieces`."""
+    memory = huge_memory(pack.layout.expert_bytes)
+    pieces = []
+    for number, layer in enumerate(pack.layout.experts):
+        for expert in range(layer.num_experts):
+            start = layer.record_offset(expert)
+            values = memory[start : start + layer.record_bytes]
+            pieces.append(Piece(start, values, pack.expert_checksum(number, expert), record_name(layer, expert)))
+    if pieces:
+        read_pieces(pack.folder / EXPERTS, pieces, report)
+    return memory
