@@ -36,8 +36,7 @@ void project(const AttentionSpec& spec, const Columns& columns, Step& step) {
             const std::int64_t from = std::max(begin - first, std::int64_t{0});
             const std::int64_t to = std::min(end - first, parts[part]->blocks());
             if (from < to) {
-                multiply(*parts[part], from, to, step.normed, nullptr, step.count(), projected + offsets[part],
-                         columns.stride, worker);
+                multiply(*parts[part], from, to, step.normed, projected + offsets[part], columns.stride, worker);
             }
             first += parts[part]->blocks();
         }
@@ -98,7 +97,7 @@ std::int64_t first_visible(const AttentionSpec& spec, std::int64_t position) {
 
 // mixed (count, heads * head_dim): attention of every token over its sequence.
 void mix(const AttentionSpec& spec, const CacheShape& shape, std::int64_t offset, const Columns& columns,
-         const Activations& mixed, Step& step) {
+         const Rows& mixed, Step& step) {
     const std::int64_t kv = spec.num_kv_heads, width = spec.head_dim;
     const std::int64_t shared = spec.num_heads / kv, queries = step.count() * shared;
     // Queries of one key-value head, token after token; some in a row form a job where they are of one sequence.
@@ -117,7 +116,7 @@ void mix(const AttentionSpec& spec, const CacheShape& shape, std::int64_t offset
                     const std::int64_t token = at / shared, h = head * shared + at % shared;
                     const int q = job.num_queries++;
                     job.queries[q] = step.room.projected.data() + token * columns.stride + h * spec.query_width();
-                    job.out[q] = mixed.values + token * mixed.stride + h * width;
+                    job.out[q] = mixed.row(token) + h * width;
                     job.first[q] = first_visible(spec, step.tokens.positions[token]);
                     job.last[q] = step.tokens.positions[token] + 1;
                     job.sink[q] = spec.sinks == nullptr ? -std::numeric_limits<float>::infinity() : spec.sinks[h];
@@ -134,17 +133,14 @@ void attend(const AttentionSpec& spec, const CacheShape& shape, std::int64_t off
     const Columns columns(spec);
     project(spec, columns, step);
     step.for_tokens([&](std::int64_t t) { place(spec, shape, offset, columns, t, step); });
-    const Activations mixed = step.room.mixed.reserve(step.count(), spec.num_heads * spec.head_dim);
+    const Rows mixed = step.room.mixed.reserve(step.count(), spec.num_heads * spec.head_dim);
     mix(spec, shape, offset, columns, mixed, step);
-    step.parallel(step.count(), row_grain(step.count()), [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t t = begin; spec.has_output_gate && t < end; ++t) {
-            const float* query = step.room.projected.data() + t * columns.stride;
-            for (std::int64_t h = 0; h < spec.num_heads; ++h) {
-                table().quantized.gate_by(mixed.values + t * mixed.stride + h * spec.head_dim,
-                                          query + h * spec.query_width() + spec.head_dim, spec.head_dim);
-            }
+    make_rows(mixed, step.num_threads, [&](std::int64_t t) {
+        const float* query = step.room.projected.data() + t * columns.stride;
+        for (std::int64_t h = 0; spec.has_output_gate && h < spec.num_heads; ++h) {
+            table().quantized.gate_by(mixed.row(t) + h * spec.head_dim, query + h * spec.query_width() + spec.head_dim,
+                                      spec.head_dim);
         }
-        table().quantized.quantize_rows(mixed, begin, end - begin);
     });
     step.mark(Phase::kAttend);
     step.linear(spec.out, mixed, step.room.sums.reserve(step.count() * step.stride()), step.stride());

@@ -51,6 +51,12 @@ struct Avx2Ops {
         };
         return {half(p), half(p + 16)};
     }
+    static Float load_half(const std::uint8_t* p) {
+        const auto half = [](const std::uint8_t* from) {
+            return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        };
+        return {half(p), half(p + 16)};
+    }
     static Float load_int8(const std::int8_t* p) {
         const auto half = [](const std::int8_t* from) {
             return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
@@ -103,16 +109,42 @@ struct Avx2Ops {
         const __m256i both = _mm256_broadcastsi128_si256(moved);
         return {_mm256_shuffle_epi8(both, index.low), _mm256_shuffle_epi8(both, index.high)};
     }
-    static Bytes stretch(const Bytes& x, const Int& step) {
+    static void store_sums_of_fours(const std::int8_t* codes, std::int32_t* sums) {
+        for (int half = 0; half < 2; ++half) {
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load(codes + 32 * half));
+            const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8 * half), fours);
+        }
+    }
+    static Bytes or_bytes(const Bytes& a, const Bytes& b) {
+        return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+    }
+    static Bytes add_bytes(const Bytes& x, int added) {
+        const __m256i all = _mm256_set1_epi8(static_cast<char>(added));
+        return {_mm256_add_epi8(x.low, all), _mm256_add_epi8(x.high, all)};
+    }
+    template <int quad>
+    static Bytes top_bits(const Bytes& x) {
+        const auto half = [](__m256i bytes) {
+            const __m256i moved = quad < 2 ? _mm256_slli_epi16(bytes, quad == 0 ? 4 : 2) : _mm256_srli_epi16(bytes, quad == 2 ? 0 : 2);
+            return _mm256_and_si256(moved, _mm256_set1_epi8(0x30));
+        };
+        return {half(x.low), half(x.high)};
+    }
+    static Int stretch_by(const Int& step) {
+        const auto half = [](__m256i steps) {
+            return _mm256_or_si256(_mm256_slli_epi32(steps, 16), _mm256_and_si256(steps, _mm256_set1_epi32(0xffff)));
+        };
+        return {half(step.low), half(step.high)};
+    }
+    static Bytes stretch(const Bytes& x, const Int& both) {
         const auto half = [](__m256i bytes, __m256i steps) {
-            const __m256i both =
-                _mm256_or_si256(_mm256_slli_epi32(steps, 16), _mm256_and_si256(steps, _mm256_set1_epi32(0xffff)));
             const __m256i odd_bytes = _mm256_set1_epi16(static_cast<short>(0xff00));
-            const __m256i even = _mm256_mullo_epi16(bytes, both);
-            const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, odd_bytes), both);
+            const __m256i even = _mm256_mullo_epi16(bytes, steps);
+            const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, odd_bytes), steps);
             return _mm256_xor_si256(_mm256_blendv_epi8(even, odd, odd_bytes), _mm256_set1_epi8(static_cast<char>(0x80)));
         };
-        return {half(x.low, step.low), half(x.high, step.high)};
+        return {half(x.low, both.low), half(x.high, both.high)};
     }
     // Sums of pairs have 16 bits, so the factor without sign must stay small: the weight's own magnitude, at most 127,
     // with its sign given to the activation. Nothing is 128 too large then.

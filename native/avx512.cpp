@@ -8,6 +8,7 @@
 #include "probe.hpp"
 #include "steps.hpp"
 #include "templates.hpp"
+#include "tile_kernel.hpp"
 
 namespace fewfire {
 namespace {
@@ -24,7 +25,7 @@ struct Avx512Ops {
     using Int = __m512i;
     using Word = __m512i;
     using Float = __m512;
-    static constexpr int kTokens = 12, kBlocks = 2;
+    static constexpr int kTokens = 6, kBlocks = 4;
 
     static Float zero_float() { return _mm512_setzero_ps(); }
     static Float set_float(float x) { return _mm512_set1_ps(x); }
@@ -41,6 +42,9 @@ struct Avx512Ops {
     static Float load_bf16(const std::uint8_t* p) {
         const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static Float load_half(const std::uint8_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
     static Float load_int8(const std::int8_t* p) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -68,13 +72,46 @@ struct Avx512Ops {
         const __m128i moved = _mm_add_epi8(table, _mm_set1_epi8(static_cast<char>(offset)));
         return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(moved), index);
     }
-    static Bytes stretch(Bytes x, Int step) {
-        const __m512i both = _mm512_or_si512(_mm512_slli_epi32(step, 16), _mm512_and_si512(step, _mm512_set1_epi32(0xffff)));
+    static void store_sums_of_fours(const std::int8_t* codes, std::int32_t* sums) {
+        const __m512i ones = _mm512_set1_epi8(1);
+        _mm512_storeu_si512(sums, dot(_mm512_setzero_si512(), ones, _mm512_loadu_si512(codes)));
+    }
+    static Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+    static Bytes add_bytes(Bytes x, int added) { return _mm512_add_epi8(x, _mm512_set1_epi8(static_cast<char>(added))); }
+    template <int quad>
+    static Bytes top_bits(Bytes x) {
+        const __m512i moved = quad < 2 ? _mm512_slli_epi16(x, quad == 0 ? 4 : 2) : _mm512_srli_epi16(x, quad == 2 ? 0 : 2);
+        return _mm512_and_si512(moved, _mm512_set1_epi8(0x30));
+    }
+    static Int stretch_by(Int step) {
+        return _mm512_or_si512(_mm512_slli_epi32(step, 16), _mm512_and_si512(step, _mm512_set1_epi32(0xffff)));
+    }
+    static Bytes stretch(Bytes x, Int both) {
         const __m512i even = _mm512_mullo_epi16(x, both);
         const __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(x, _mm512_set1_epi16(static_cast<short>(0xff00))), both);
         const __m512i product = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, even, odd);
         return _mm512_xor_si512(product, _mm512_set1_epi8(static_cast<char>(0x80)));
     }
+    // The panel's groups times those of a tile, see multiply_tile.
+    template <int kTokens, int kRuns>
+    static void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile,
+                              const std::int32_t* starts, float* totals) {
+        constexpr std::int64_t kQuads = 32 / kRuns;
+        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals};
+        for (std::int64_t g = 0; g < some; ++g) {
+            const std::int8_t* codes = tile.codes + (first + g) * kTokens * kGroup;
+            job.token_scales = tile.scales + (first + g) * kTokens;
+            for (std::int64_t run = 0; run < kRuns; ++run) {
+                job.codes = codes + run * kQuads * 4;
+                job.next = codes + kTokens * kGroup + run * kQuads * 64;
+                job.bytes = panel.bytes + (g * kRuns + run) * kQuads * 64;
+                job.scales = panel.scales + (g * kRuns + run) * kMostBlocks * kRows;
+                job.starts = starts + ((first + g) * kRuns + run) * kTokens;
+                run_tile<kTokens>(job);
+            }
+        }
+    }
+
     static Int start(const std::int32_t* p) { return _mm512_set1_epi32(*p); }
     static Int start_small(const std::int32_t* p) { return start(p); }
     // In assembly because GCC 12 copies every accumulator of the intrinsic twice a step.

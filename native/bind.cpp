@@ -11,6 +11,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -24,6 +25,7 @@
 #include "parallel.hpp"
 #include "pool.hpp"
 #include "reading.hpp"
+#include "workspace.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -126,26 +128,43 @@ fewfire::Matrix matrix(int format, std::uintptr_t codes, std::uintptr_t scales, 
             static_cast<fewfire::WeightFormat>(format)};
 }
 
+// Row after row: codes (rows, groups * 128), scales (rows, groups) and, of each row, the sums of each 128 codes, each 32,
+// each 16 (rows, groups * 13).
 void quantize_rows(std::uintptr_t values, std::int64_t rows, std::int64_t columns, std::uintptr_t codes,
                    std::uintptr_t scales, std::uintptr_t sums) {
-    const fewfire::Activations acts{pointer<float>(values), pointer<std::int8_t>(codes), pointer<float>(scales),
-                                    pointer<std::int32_t>(sums), columns, columns};
-    table().quantized.quantize_rows(acts, 0, rows);
+    const std::int64_t groups = fewfire::groups_of(columns);
+    std::vector<std::uint8_t> room(static_cast<std::size_t>(fewfire::token_bytes(groups)));
+    for (std::int64_t r = 0; r < rows; ++r) {
+        const fewfire::Tiles tile(room.data(), 1, groups, 1);
+        table().quantized.quantize(pointer<const float>(values) + r * columns, columns, columns, tile, 0, 1);
+        const std::uint8_t* from = room.data();
+        std::memcpy(pointer<std::int8_t>(codes) + r * groups * fewfire::kGroup, from, static_cast<std::size_t>(groups * fewfire::kGroup));
+        from += groups * fewfire::kGroup;
+        std::memcpy(pointer<float>(scales) + r * groups, from, static_cast<std::size_t>(groups * 4));
+        std::memcpy(pointer<std::int32_t>(sums) + r * groups * 13, from + groups * 4, static_cast<std::size_t>(groups * 13 * 4));
+    }
 }
 
+// out (tokens, rows) = the weight times rows of values.
 void linear(int format, std::uintptr_t codes, std::uintptr_t scales, std::int64_t rows, std::int64_t columns,
-            std::uintptr_t values, std::uintptr_t act_codes, std::uintptr_t act_scales, std::uintptr_t sums,
-            std::int64_t tokens, std::uintptr_t out, std::int64_t num_threads) {
-    const fewfire::Activations acts{pointer<float>(values), pointer<std::int8_t>(act_codes), pointer<float>(act_scales),
-                                    pointer<std::int32_t>(sums), columns, columns};
+            std::uintptr_t values, std::int64_t tokens, std::uintptr_t out, std::int64_t num_threads) {
     const fewfire::Matrix weight = matrix(format, codes, scales, rows, columns);
-    const auto scratch_bytes = static_cast<std::size_t>(fewfire::linear_scratch(columns, tokens));
-    const std::int64_t parts = 4 * (num_threads > 0 ? num_threads : fewfire::Pool::shared().size());
-    const std::int64_t grain = (weight.blocks() + parts - 1) / parts;
+    fewfire::Room<std::uint8_t> room;
+    const std::int64_t groups = fewfire::groups_of(columns);
+    std::uint8_t* memory = room.reserve(std::max<std::int64_t>(1, tokens * fewfire::token_bytes(groups)));
+    const fewfire::Rows acts{pointer<float>(values), columns, columns,
+                             fewfire::QuantizedRows::make_tiles(memory, tokens, groups)};
+    fewfire::make_rows(acts, num_threads, [](std::int64_t) {});
+    const std::int64_t grain = fewfire::block_grain(weight.blocks(), num_threads, tokens);
     fewfire::Pool::shared().run(num_threads, weight.blocks(), grain, [&](std::int64_t begin, std::int64_t end, int worker) {
-        table().quantized.linear(weight, begin, end, acts, nullptr, tokens, pointer<float>(out), rows,
-                                 fewfire::Pool::shared().scratch(worker, scratch_bytes));
+        fewfire::multiply(weight, begin, end, acts, pointer<float>(out), rows, worker);
     });
+}
+
+// Row `row` of a weight as float32.
+void read_row(int format, std::uintptr_t codes, std::uintptr_t scales, std::int64_t rows, std::int64_t columns,
+              std::int64_t row, std::uintptr_t out) {
+    table().quantized.read_row(matrix(format, codes, scales, rows, columns), row, pointer<float>(out));
 }
 
 // Operations of `num_threads` threads that multiply bytes, `rounds` of 12 vectors of 64 each.
@@ -402,6 +421,7 @@ NB_MODULE(_native, m) {
     m.def("sum_rows", &sum_rows, unlocked);
     m.def("quantize_rows", &quantize_rows, unlocked);
     m.def("linear", &linear, unlocked);
+    m.def("read_row", &read_row);
     m.def("probe_int8", &probe_int8, unlocked);
     m.def("probe_read", &probe_read, unlocked);
     m.def("probe_float", &probe_float, unlocked);

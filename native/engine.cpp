@@ -9,22 +9,6 @@
 namespace fewfire {
 namespace {
 
-constexpr std::int8_t kBookQ4[16] = {-18, -15, -12, -10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 11, 13, 16};
-constexpr float kBookMx[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, 0, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-
-float widen(std::uint16_t bits) {
-    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
-
-float read_bf16(const std::uint8_t* p) {
-    std::uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    return widen(bits);
-}
-
 CacheShape cache_shape(const LayerSpec& layer, CacheFormat format) {
     if (layer.is_latent) return {format, true, layer.latent.kv_rank + layer.latent.rope_dim, layer.latent.kv_rank};
     return {format, false, layer.attention.head_dim, layer.attention.head_dim};
@@ -40,13 +24,13 @@ void embed(Step& step) {
     step.room.x.reserve(step.count() * step.stride());
     step.for_tokens([&](std::int64_t t) {
         float* row = step.room.x.data() + t * step.stride();
-        read_row(model.embed, step.tokens.ids[t], row);
+        table().quantized.read_row(model.embed, step.tokens.ids[t], row);
         if (model.embed_scale != 1.0f) {
             for (std::int64_t i = 0; i < model.model_dim; ++i) row[i] *= model.embed_scale;
         }
         if (model.positions) {
             std::vector<float> position(static_cast<std::size_t>(model.model_dim));
-            read_row(model.positions, step.tokens.positions[t], position.data());
+            table().quantized.read_row(model.positions, step.tokens.positions[t], position.data());
             for (std::int64_t i = 0; i < model.model_dim; ++i) row[i] += position[static_cast<std::size_t>(i)];
         }
     });
@@ -82,51 +66,15 @@ void run_moe(const MoeSpec& spec, int layer, ExpertSource& source, const NormSpe
 
 }  // namespace
 
-void read_row(const Matrix& weight, std::int64_t row, float* out) {
-    const std::int64_t groups = weight.groups(), block = row / kRows, r = row % kRows;
-    for (std::int64_t k = 0; k < weight.columns; ++k) {
-        const std::int64_t tile = block * groups + k / kGroup, c = k % kGroup;
-        const std::uint8_t* nibbles = weight.codes + tile * kGroup * kRows / 2;
-        const std::int64_t byte = c / 8 * 64 + r * 4 + c % 4;
-        switch (weight.format) {
-            case WeightFormat::kF32: std::memcpy(out + k, weight.codes + (row * weight.columns + k) * 4, 4); break;
-            case WeightFormat::kBf16: out[k] = read_bf16(weight.codes + (row * weight.columns + k) * 2); break;
-            case WeightFormat::kQ8: {
-                const int code = weight.codes[tile * kGroup * kRows + c / 4 * 64 + r * 4 + c % 4] - 128;
-                out[k] = static_cast<float>(code) * read_bf16(weight.scales + (tile * kRows + r) * 2);
-                break;
-            }
-            case WeightFormat::kQ4: {
-                const std::uint8_t* scales = weight.scales + tile * 6 * kRows;
-                const int code = kBookQ4[c % 8 < 4 ? nibbles[byte] & 15 : nibbles[byte] >> 4];
-                const std::uint8_t steps = scales[2 * kRows + 4 * r + c / 32];
-                const int step = c / 16 % 2 == 0 ? steps & 15 : steps >> 4;
-                out[k] = static_cast<float>(code * (step > 7 ? step - 16 : step)) * read_bf16(scales + 2 * r);
-                break;
-            }
-            case WeightFormat::kMxfp4: {
-                const float value = kBookMx[c % 8 < 4 ? nibbles[byte] & 15 : nibbles[byte] >> 4];
-                const int exponent = weight.scales[tile * 4 * kRows + c / 32 * kRows + r];
-                out[k] = exponent == 255 ? NAN : std::ldexp(value, exponent - 127);
-                break;
-            }
-        }
-    }
-}
-
 void normalise_row(const NormSpec& spec, const float* x, std::int64_t width, float* out) {
     if (spec.is_layer) return table().quantized.layer_norm(x, spec.weight, spec.bias, width, spec.eps, out);
     table().quantized.rms_norm(x, spec.weight, width, spec.eps, out);
 }
 
 void normalise(const NormSpec& spec, Step& step) {
-    const std::int64_t dim = step.model.model_dim;
-    step.normed = step.room.normed.reserve(step.count(), dim);
-    step.parallel(step.count(), row_grain(step.count()), [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t t = begin; t < end; ++t) {
-            normalise_row(spec, step.room.x.data() + t * step.stride(), dim, step.normed.values + t * step.normed.stride);
-        }
-        table().quantized.quantize_rows(step.normed, begin, end - begin);
+    step.normed = step.room.normed.reserve(step.count(), step.model.model_dim);
+    make_rows(step.normed, step.num_threads, [&](std::int64_t t) {
+        normalise_row(spec, step.room.x.data() + t * step.stride(), step.model.model_dim, step.normed.row(t));
     });
     step.mark(Phase::kNorm);
 }
@@ -153,7 +101,7 @@ Engine::Engine(ModelSpec spec, ExpertSource* experts)
 Engine::~Engine() = default;
 
 void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std::int64_t num_threads) {
-    Step step{tokens, spec_, *room_, timings_, routes, num_threads, {}};
+    Step step{tokens, spec_, *room_, timings_, routes, num_threads};
     int moe = 0;
     embed(step);
     for (std::size_t number = 0; number < spec_.layers.size(); ++number) {
@@ -183,11 +131,11 @@ void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std
 
 void Engine::head(float* hidden, std::int64_t count, float* logits, std::int64_t num_threads) {
     const Tokens tokens{nullptr, nullptr, nullptr, nullptr, count};
-    Step step{tokens, spec_, *room_, timings_, {}, num_threads, {}};
-    Activations acts = room_->normed.reserve(count, spec_.model_dim);
-    acts.values = hidden, acts.stride = spec_.model_dim;
-    quantize_all(acts, count, num_threads);
-    step.linear(spec_.head, acts, logits, spec_.vocab_size);
+    Step step{tokens, spec_, *room_, timings_, {}, num_threads};
+    Rows rows = room_->normed.reserve(count, spec_.model_dim);
+    rows.values = hidden, rows.stride = spec_.model_dim;
+    make_rows(rows, num_threads, [](std::int64_t) {});
+    step.linear(spec_.head, rows, logits, spec_.vocab_size);
     step.for_tokens([&](std::int64_t t) {
         float* row = logits + t * spec_.vocab_size;
         for (std::int64_t i = 0; spec_.head_bias != nullptr && i < spec_.vocab_size; ++i) row[i] += spec_.head_bias[i];

@@ -110,7 +110,7 @@ void ExpertRun::add_in_order(const Given& given) {
     std::int64_t rows = 0;
     const auto flush = [&] {
         if (segments.empty()) return;
-        make_hidden(segments, segments.front().first, true);
+        make_hidden(segments, segments.front().first);
         add_outputs(segments, segments.front().first);
         segments.clear();
         rows = 0;
@@ -134,15 +134,12 @@ void ExpertRun::keep_outputs(const Given& given) {
         const std::int64_t first = start(given.experts[i]);
         segments.push_back({given.records[i], first, start(given.experts[i] + 1) - first});
     }
-    make_hidden(segments, 0, false);
+    make_hidden(segments, 0);
     const std::int64_t blocks = (width() + kRows - 1) / kRows, out_stride = row_stride(width());
     float* outs = room_.outs.reserve(room_.starts.back() * out_stride);
-    const Activations hidden = reserve_hidden(0);
-    const std::int64_t grain = block_grain(blocks, threads_, 1);
-    Pool::shared().run(threads_, blocks, grain, [&](std::int64_t begin, std::int64_t end, int worker) {
+    Pool::shared().run(threads_, blocks, block_grain(blocks, threads_, 1), [&](std::int64_t begin, std::int64_t end, int worker) {
         for (const Segment& segment : segments) {
-            const Matrix down = ExpertLayout::matrix(layout_.down, segment.record);
-            multiply(down, begin, end, hidden.from(segment.first), nullptr, segment.count,
+            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden_rows(segment, 0),
                      outs + segment.first * out_stride, out_stride, worker);
         }
     });
@@ -170,52 +167,56 @@ void ExpertRun::add_kept() {
     }
 }
 
-// Rows of the hidden state: of slot s at s - base.
-Activations ExpertRun::reserve_hidden(std::int64_t base) {
-    const std::int64_t slots = room_.starts.back() - base;
-    return room_.hidden.reserve(std::min(slots, std::max(kBatchSlots, kLooseSlots)), layout_.up.rows);
+// The hidden state of a segment: rows and tiles of its own, at its slots less `base`.
+Rows ExpertRun::hidden_rows(const Segment& segment, std::int64_t base) {
+    const std::int64_t slots = std::min(room_.starts.back() - base, std::max(kBatchSlots, kLooseSlots));
+    const Rows all = room_.hidden.reserve(slots, layout_.up.rows);
+    const std::int64_t at = segment.first - base, groups = groups_of(layout_.up.rows);
+    const Tiles tiles = QuantizedRows::make_tiles(all.tiles.memory + at * token_bytes(groups), segment.count, groups);
+    return {all.row(at), all.stride, all.columns, tiles};
 }
 
-void ExpertRun::make_hidden(const std::vector<Segment>& segments, std::int64_t base, bool in_order) {
-    const std::int64_t blocks = (layout_.up.rows + kRows - 1) / kRows;
+void ExpertRun::make_hidden(const std::vector<Segment>& segments, std::int64_t base) {
+    const std::int64_t blocks = (layout_.up.rows + kRows - 1) / kRows, runs = (blocks + kMostBlocks - 1) / kMostBlocks;
     const std::int64_t threads = threads_ <= 0 ? Pool::shared().size() : threads_;
     const auto count = static_cast<std::int64_t>(segments.size());
-    const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, std::max<std::int64_t>(1, blocks / 2));
-    const Activations hidden = reserve_hidden(base);
+    const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, runs);
+    hidden_rows(segments.front(), base);  // room for all, before threads ask for theirs
     Pool::shared().run(threads_, count * pieces, 1, [&](std::int64_t item, std::int64_t, int worker) {
-        const std::int64_t piece = item % pieces, pairs = (blocks + 1) / 2;
-        const std::int64_t begin = 2 * (pairs * piece / pieces), end = std::min(blocks, 2 * (pairs * (piece + 1) / pieces));
-        if (begin < end) hidden_piece(segments[static_cast<std::size_t>(item / pieces)], hidden, base, begin, end, worker);
+        const std::int64_t piece = item % pieces;
+        const std::int64_t begin = kMostBlocks * (runs * piece / pieces);
+        const std::int64_t end = std::min(blocks, kMostBlocks * (runs * (piece + 1) / pieces));
+        const Segment& segment = segments[static_cast<std::size_t>(item / pieces)];
+        hidden_piece(segment, hidden_rows(segment, base), begin, end, worker);
     });
-    if (in_order) {
-        const std::int64_t first = segments.front().first, last = segments.back().first + segments.back().count;
-        return quantize_all(hidden.from(first - base), last - first, threads_);
-    }
     Pool::shared().run(threads_, count, 1, [&](std::int64_t item, std::int64_t, int) {
-        const Segment& segment = segments[static_cast<std::size_t>(item)];
-        table().quantized.quantize_rows(hidden, segment.first - base, segment.count);
+        const Rows rows = hidden_rows(segments[static_cast<std::size_t>(item)], base);
+        quantize_tiles(rows, 0, rows.tiles.tiles);
     });
 }
 
 // act(gate) * up of some rows of one expert.
-void ExpertRun::hidden_piece(const Segment& segment, const Activations& hidden, std::int64_t base, std::int64_t begin,
-                  std::int64_t end, int worker) {
+void ExpertRun::hidden_piece(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker) {
     const std::int64_t first = begin * kRows, rows = std::min(end * kRows, layout_.up.rows) - first;
-    const std::int64_t stride = row_stride(rows);
-    const auto extra = static_cast<std::size_t>((segment.count + 2) * stride * 4 + 63) / 64 * 64;
-    auto* gates = reinterpret_cast<float*>(worker_scratch(worker, extra, acts_.columns, segment.count));
-    const std::int32_t* tokens = room_.tokens.data() + segment.first;
+    const std::int64_t stride = row_stride(rows), groups = acts_.tiles.groups;
+    const std::int64_t floats = (segment.count + 2) * stride * 4;  // gates and two biases; stride is a multiple of 16
+    const auto extra = static_cast<std::size_t>(floats + (segment.count * token_bytes(groups) + 63) / 64 * 64);
+    std::uint8_t* scratch = worker_scratch(worker, extra, acts_.columns, segment.count);
+    auto* gates = reinterpret_cast<float*>(scratch);
+    Activations tokens = acts_;
+    tokens.rows = room_.tokens.data() + segment.first;
+    tokens.tiles = QuantizedRows::make_tiles(scratch + floats, segment.count, groups);
     const Matrix gate = ExpertLayout::matrix(layout_.gate, segment.record);
     const Matrix up = ExpertLayout::matrix(layout_.up, segment.record);
-    float* rows_out = hidden.values + (segment.first - base) * hidden.stride;
-    multiply(up, begin, end, acts_, tokens, segment.count, rows_out, hidden.stride, worker, extra);
-    if (gate) multiply(gate, begin, end, acts_, tokens, segment.count, gates - first, stride, worker, extra);
+    if (!up.is_plain() || (gate && !gate.is_plain())) table().quantized.gather(acts_.tiles, tokens.rows, tokens.tiles);
+    multiply(up, begin, end, tokens, hidden.values, hidden.stride, worker, extra);
+    if (gate) multiply(gate, begin, end, tokens, gates - first, stride, worker, extra);
     Gating gating{layout_.activation, layout_.alpha, layout_.limit};
     gating.gate_bias = read_vector(layout_.gate_bias, segment.record, first, rows, gates + segment.count * stride);
     gating.up_bias = read_vector(layout_.up_bias, segment.record, first, rows, gates + (segment.count + 1) * stride);
     for (std::int64_t t = 0; t < segment.count; ++t) {
         if (to_.is_input_weighted) gating.weight = slot_weight(segment.first + t);
-        float* made = rows_out + t * hidden.stride + first;
+        float* made = hidden.row(t) + first;
         table().quantized.activate(gating, gate ? gates + t * stride : nullptr, made, rows, made);
     }
 }
@@ -223,18 +224,15 @@ void ExpertRun::hidden_piece(const Segment& segment, const Activations& hidden, 
 // sums += the weighted outputs of segments that follow one another. Parts are runs of output rows.
 void ExpertRun::add_outputs(const std::vector<Segment>& segments, std::int64_t base) {
     const std::int64_t blocks = (width() + kRows - 1) / kRows;
-    const Activations hidden = reserve_hidden(base);
     const std::int64_t slots = segments.back().first + segments.back().count - base;
-    const std::int64_t grain = block_grain(blocks, threads_, slots);
-    Pool::shared().run(threads_, blocks, grain, [&](std::int64_t begin, std::int64_t end, int worker) {
+    Pool::shared().run(threads_, blocks, block_grain(blocks, threads_, slots), [&](std::int64_t begin, std::int64_t end, int worker) {
         const std::int64_t first = begin * kRows, rows = std::min(end * kRows, width()) - first, stride = row_stride(rows);
         for (const Segment& segment : segments) {
-            const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4 + 63) / 64 * 64;
-            auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, hidden.columns, segment.count));
-            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden.from(segment.first - base), nullptr,
-                     segment.count, out - first, stride, worker, extra);
-            const float* bias =
-                read_vector(layout_.down_bias, segment.record, first, rows, out + segment.count * stride);
+            const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4);
+            auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, layout_.up.rows, segment.count));
+            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden_rows(segment, base), out - first,
+                     stride, worker, extra);
+            const float* bias = read_vector(layout_.down_bias, segment.record, first, rows, out + segment.count * stride);
             for (std::int64_t t = 0; t < segment.count; ++t) {
                 const std::int64_t slot = segment.first + t;
                 float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;

@@ -8,22 +8,22 @@ namespace fewfire {
 
 void feed(const FeedForwardSpec& spec, const Matrix& gate, Step& step) {
     const std::int64_t width = spec.up.rows, count = step.count(), stride = step.stride();
-    const Activations hidden = step.room.hidden.reserve(count, width);
+    const Rows hidden = step.room.hidden.reserve(count, width);
     float* gates = spec.gate ? step.room.gates.reserve(count * hidden.stride) : nullptr;
     const std::int64_t blocks = spec.up.blocks();
     step.parallel(blocks, block_grain(blocks, step.num_threads, count), [&](std::int64_t begin, std::int64_t end, int worker) {
         const std::int64_t first = begin * kRows, last = std::min(end * kRows, width);
-        multiply(spec.up, begin, end, step.normed, nullptr, count, hidden.values, hidden.stride, worker);
-        if (spec.gate) multiply(spec.gate, begin, end, step.normed, nullptr, count, gates, hidden.stride, worker);
+        multiply(spec.up, begin, end, step.normed, hidden.values, hidden.stride, worker);
+        if (spec.gate) multiply(spec.gate, begin, end, step.normed, gates, hidden.stride, worker);
         Gating gating{spec.activation, spec.alpha, spec.limit};
         if (spec.gate_bias != nullptr) gating.gate_bias = spec.gate_bias + first;
         if (spec.up_bias != nullptr) gating.up_bias = spec.up_bias + first;
         for (std::int64_t t = 0; t < count; ++t) {
-            float* up = hidden.values + t * hidden.stride + first;
+            float* up = hidden.row(t) + first;
             table().quantized.activate(gating, spec.gate ? gates + t * hidden.stride + first : nullptr, up, last - first, up);
         }
     });
-    quantize_all(hidden, count, step.num_threads);
+    make_rows(hidden, step.num_threads, [](std::int64_t) {});
     float* sums = step.room.sums.reserve(count * stride);
     step.linear(spec.down, hidden, sums, stride);
     if (spec.down_bias == nullptr && !gate) return;

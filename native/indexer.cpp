@@ -55,12 +55,12 @@ void score(const LatentSpec& spec, std::int64_t offset, std::int64_t token, floa
     for (std::int64_t h = 0; h < index.num_heads; ++h) rotate(spec, queries + h * index.head_dim, position);
     std::fill(scores, scores + position + 1, 0.0f);
     std::vector<float> products(static_cast<std::size_t>(index.num_heads));
-    Activations acts;
-    acts.values = queries, acts.columns = index.head_dim, acts.stride = index.head_dim;
+    Activations acts{queries, index.head_dim, index.head_dim, nullptr, {}};
+    acts.tiles.count = index.num_heads;
     for (std::int64_t s = 0; s <= position; ++s) {
         const auto* key = reinterpret_cast<const std::uint8_t*>(key_row(index, page_of(offset, token, s, step), s));
         const Matrix row{key, nullptr, 1, index.head_dim, WeightFormat::kBf16};
-        table().quantized.linear(row, 0, 1, acts, nullptr, index.num_heads, products.data(), 1, nullptr);
+        table().quantized.linear(row, 0, 1, acts, products.data(), 1, nullptr);
         for (std::int64_t h = 0; h < index.num_heads; ++h) {
             const float product = std::max(0.0f, products[static_cast<std::size_t>(h)] * scale);
             scores[s] += weights[h] * head_scale * product;
@@ -83,7 +83,7 @@ std::int64_t selected_words(const Step& step) {
     return (longest_text(step) + kPageTokens - 1) / kPageTokens;
 }
 
-bool select_keys(const LatentSpec& spec, const Activations& latent, std::int64_t offset, Step& step) {
+bool select_keys(const LatentSpec& spec, const Rows& latent, std::int64_t offset, Step& step) {
     const IndexerSpec& index = spec.indexer;
     const std::int64_t words = selected_words(step);
     if (index.is_shared) return step.selects;

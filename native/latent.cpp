@@ -49,20 +49,16 @@ void place(const LatentSpec& spec, const CacheShape& shape, std::int64_t offset,
 }
 
 // Queries of all heads (count, heads * head) into `projected`; the normed query latents are returned, where there are any.
-Activations project_queries(const LatentSpec& spec, float* queries, std::int64_t stride, Step& step) {
+Rows project_queries(const LatentSpec& spec, float* queries, std::int64_t stride, Step& step) {
     if (spec.query) {
         step.linear(spec.query, step.normed, queries, stride);
         return {};
     }
-    const Activations latent = step.room.latent.reserve(step.count(), spec.query_down.rows);
+    const Rows latent = step.room.latent.reserve(step.count(), spec.query_down.rows);
     step.linear(spec.query_down, step.normed, latent.values, latent.stride);
-    step.parallel(step.count(), row_grain(step.count()), [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t t = begin; t < end; ++t) {
-            float* row = latent.values + t * latent.stride;
-            add_bias(row, spec.query_down_bias, latent.columns);
-            normalise_row(spec.query_norm, row, latent.columns, row);
-        }
-        table().quantized.quantize_rows(latent, begin, end - begin);
+    make_rows(latent, step.num_threads, [&](std::int64_t t) {
+        add_bias(latent.row(t), spec.query_down_bias, latent.columns);
+        normalise_row(spec.query_norm, latent.row(t), latent.columns, latent.row(t));
     });
     step.linear(spec.query_up, latent, queries, stride);
     return latent;
@@ -124,14 +120,12 @@ void mix(const LatentSpec& spec, const CacheShape& shape, std::int64_t offset, c
 }
 
 // Means of latents become each head's values.
-void expand(const LatentSpec& spec, float* made, const Activations& mixed, const Part& part, Step& step) {
+void expand(const LatentSpec& spec, const float* made, const Rows& mixed, const Part& part, Step& step) {
     step.parallel(spec.num_heads, 1, [&](std::int64_t head, std::int64_t, int worker) {
         const Matrix values = up_rows(spec, head, true);
-        Activations acts;
-        acts.values = made + head * spec.kv_rank;
-        acts.columns = spec.kv_rank, acts.stride = spec.num_heads * spec.kv_rank;
-        float* to = mixed.values + part.first * mixed.stride + head * spec.value_dim;
-        multiply(values, 0, values.blocks(), acts, nullptr, part.count, to, mixed.stride, worker);
+        Activations acts{made + head * spec.kv_rank, spec.num_heads * spec.kv_rank, spec.kv_rank, nullptr, {}};
+        acts.tiles.count = part.count;
+        multiply(values, 0, values.blocks(), acts, mixed.row(part.first) + head * spec.value_dim, mixed.stride, worker);
     });
 }
 
@@ -144,21 +138,21 @@ void attend_latent(const LatentSpec& spec, const CacheShape& shape, std::int64_t
     float* latents = step.room.projected.reserve(count * (stride + rows));
     float* queries = latents + count * rows;
     step.linear(spec.kv_down, step.normed, latents, rows);
-    const Activations query_latents = project_queries(spec, queries, stride, step);
+    const Rows query_latents = project_queries(spec, queries, stride, step);
     step.mark(Phase::kProject);
     place(spec, shape, offset, latents, rows, step);
     const bool selects = spec.indexer.is_present && select_keys(spec, query_latents, offset + shape.page_bytes(), step);
     const std::int64_t together = std::min(count, kPartTokens);
     float* absorbed = step.room.absorbed.reserve(together * spec.num_heads * (widths.key + spec.kv_rank));
     float* made = absorbed + together * widths.stride;
-    const Activations mixed = step.room.mixed.reserve(count, spec.num_heads * spec.value_dim);
+    const Rows mixed = step.room.mixed.reserve(count, spec.num_heads * spec.value_dim);
     for (std::int64_t first = 0; first < count; first += kPartTokens) {
         const Part part{first, std::min(kPartTokens, count - first)};
         absorb(spec, widths, queries, stride, absorbed, part, step);
         mix(spec, shape, offset, widths, absorbed, made, selects ? step.room.selected.data() : nullptr, part, step);
         expand(spec, made, mixed, part, step);
     }
-    quantize_all(mixed, count, step.num_threads);
+    make_rows(mixed, step.num_threads, [](std::int64_t) {});
     step.mark(Phase::kAttend);
     step.linear(spec.out, mixed, step.room.sums.reserve(count * step.stride()), step.stride());
 }

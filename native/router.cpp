@@ -124,13 +124,15 @@ void route(const RouterSpec& spec, Step& step) {
             route_token(spec, row, room, chosen + t * k, weights + t * k);
         }
     };
-    if (count == 1) {  // one row: by experts; many: by tokens
+    if (!spec.weight.is_plain() || count == 1) {
         step.linear(spec.weight, step.normed, logits, experts);
-        choose(0, 1);
-    } else {
+        step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int) { choose(begin, end); });
+    } else {  // by tokens
         step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int worker) {
-            multiply(spec.weight, 0, spec.weight.blocks(), step.normed.from(begin), nullptr, end - begin,
-                     logits + begin * experts, experts, worker);
+            Activations some = step.normed;
+            some.values += begin * some.stride;
+            some.tiles.count = end - begin;
+            multiply(spec.weight, 0, spec.weight.blocks(), some, logits + begin * experts, experts, worker);
             choose(begin, end);
         });
     }

@@ -21,6 +21,23 @@ struct Scalar {
     }
 };
 
+// IEEE binary16, subnormal numbers included.
+inline float half_to_float(std::uint16_t bits) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16, magnitude = bits & 0x7fffu;
+    std::uint32_t wide = sign | (magnitude << 13);
+    float value;
+    if (magnitude >= 0x7c00u) {
+        wide += (255u - 31u) << 23;  // infinity, NaN
+    } else if (magnitude >= 0x0400u) {
+        wide += (127u - 15u) << 23;
+    } else {
+        value = static_cast<float>(magnitude) * 0x1p-24f;
+        return sign != 0 ? -value : value;
+    }
+    std::memcpy(&value, &wide, 4);
+    return value;
+}
+
 // The plain meaning of every operation, lane by lane; the compiler makes of it what the baseline has.
 struct ScalarOps {
     struct Bytes {
@@ -62,6 +79,11 @@ struct ScalarOps {
         std::uint16_t halves[16];
         std::memcpy(halves, p, sizeof halves);
         return each<Float>([&](int i) { return bf16_to_float(halves[i]); });
+    }
+    static Float load_half(const std::uint8_t* p) {
+        std::uint16_t halves[16];
+        std::memcpy(halves, p, sizeof halves);
+        return each<Float>([&](int i) { return half_to_float(halves[i]); });
     }
     static Float load_int8(const std::int8_t* p) {
         return each<Float>([&](int i) { return static_cast<float>(p[i]); });
@@ -111,7 +133,23 @@ struct ScalarOps {
     static Bytes look_up(const std::int8_t* book, int offset, const Bytes& index) {
         return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(book[index.at[i]] + offset); });
     }
-    // Signed bytes times their row's step, plus 128. 4 bytes a row.
+    // Of 64 codes.
+    static void store_sums_of_fours(const std::int8_t* codes, std::int32_t* sums) {
+        for (int i = 0; i < 16; ++i) sums[i] = codes[4 * i] + codes[4 * i + 1] + codes[4 * i + 2] + codes[4 * i + 3];
+    }
+    static Bytes or_bytes(const Bytes& a, const Bytes& b) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(a.at[i] | b.at[i]); });
+    }
+    static Bytes add_bytes(const Bytes& x, int added) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>(x.at[i] + added); });
+    }
+    // Bits 2 * quad and 2 * quad + 1 as bits 4 and 5.
+    template <int quad>
+    static Bytes top_bits(const Bytes& x) {
+        return each<Bytes>([&](int i) { return static_cast<std::uint8_t>((x.at[i] >> 2 * quad & 3) << 4); });
+    }
+    // Signed bytes times their row's step, plus 128. 4 bytes a row. The step is prepared once for many bytes.
+    static Int stretch_by(const Int& step) { return step; }
     static Bytes stretch(const Bytes& x, const Int& step) {
         return each<Bytes>([&](int i) {
             return static_cast<std::uint8_t>(static_cast<std::int8_t>(x.at[i]) * step.at[i / 4] + kByteOffset);

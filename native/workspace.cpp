@@ -4,17 +4,18 @@
 
 namespace fewfire {
 
-void quantize_all(const Activations& acts, std::int64_t rows, std::int64_t num_threads) {
-    Pool::shared().run(num_threads, rows, row_grain(rows), [&](std::int64_t begin, std::int64_t end, int) {
-        table().quantized.quantize_rows(acts, begin, end - begin);
-    });
+Tiles QuantizedRows::make_tiles(std::uint8_t* memory, std::int64_t count, std::int64_t groups) {
+    return {memory, count, groups, table().quantized.tile_tokens};
 }
 
-void multiply(const Matrix& weight, std::int64_t begin, std::int64_t end, const Activations& acts,
-              const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride, int worker,
-              std::size_t extra) {
-    std::uint8_t* scratch = worker_scratch(worker, extra, weight.columns, count);
-    table().quantized.linear(weight, begin, end, acts, tokens, count, out, out_stride, scratch + extra);
+void quantize_tiles(const Rows& rows, std::int64_t first, std::int64_t last) {
+    table().quantized.quantize(rows.values, rows.stride, rows.columns, rows.tiles, first, last);
+}
+
+void multiply(const Matrix& weight, std::int64_t begin, std::int64_t end, const Activations& acts, float* out,
+              std::int64_t out_stride, int worker, std::size_t extra) {
+    std::uint8_t* scratch = worker_scratch(worker, extra, weight.columns, acts.count());
+    table().quantized.linear(weight, begin, end, acts, out, out_stride, scratch + extra);
 }
 
 std::uint8_t* worker_scratch(int worker, std::size_t extra, std::int64_t columns, std::int64_t tokens) {
@@ -25,7 +26,7 @@ std::int64_t block_grain(std::int64_t blocks, std::int64_t num_threads, std::int
     const std::int64_t threads = num_threads <= 0 ? Pool::shared().size() : num_threads;
     const std::int64_t parts = threads == 1 ? 1 : threads * (tokens > 16 ? 2 : 4);
     const std::int64_t grain = std::max<std::int64_t>(1, (blocks + parts - 1) / parts);
-    return grain > 1 ? (grain + 1) / 2 * 2 : grain;
+    return grain > 1 ? (grain + kMostBlocks - 1) / kMostBlocks * kMostBlocks : grain;
 }
 
 }  // namespace fewfire

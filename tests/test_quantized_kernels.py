@@ -37,8 +37,9 @@ def test_activations_are_quantized_as_the_reference_does(isa, columns):
     codes, scales, sums = kernels.quantize_activations(x)
     expected, expected_scales = reference.quantize_activations(x)
     assert torch.equal(codes, expected.flatten(1)) and torch.equal(scales, expected_scales)
-    for part, run in zip(sums.unflatten(1, (-1, 13)).split((1, 4, 8), dim=-1), (128, 32, 16), strict=True):
-        assert torch.equal(part.flatten(1), codes.int().unflatten(1, (-1, run)).sum(dim=-1, dtype=torch.int32))
+    groups = scales.shape[1]
+    for part, run in zip(sums.split((groups, 4 * groups, 8 * groups), dim=1), (128, 32, 16), strict=True):
+        assert torch.equal(part, codes.int().unflatten(1, (-1, run)).sum(dim=-1, dtype=torch.int32))
 
 
 def test_what_is_no_number_stays_none(isa):

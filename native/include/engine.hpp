@@ -73,7 +73,4 @@ private:
     Timings timings_;
 };
 
-// Row `row` of `weight` as float32.
-void read_row(const Matrix& weight, std::int64_t row, float* out);
-
 }  // namespace fewfire

@@ -60,7 +60,7 @@ struct Assignment {
 // The experts of one layer over some tokens, in two halves, so that something else can run while records arrive.
 class ExpertRun {
 public:
-    // `acts`: the tokens, with codes. All must stay until the end of finish().
+    // `acts`: the tokens. All must stay until the end of finish().
     ExpertRun(const ExpertLayout& layout, const Activations& acts, const Assignment& assignment, ExpertWorkspace& room,
               std::int64_t num_threads);
 
@@ -78,19 +78,18 @@ private:
     std::int64_t start(std::int64_t expert) const { return room_.starts[static_cast<std::size_t>(expert)]; }
     float slot_weight(std::int64_t slot) const { return to_.weights[room_.order[static_cast<std::size_t>(slot)]]; }
     float output_weight(std::int64_t slot) const { return to_.is_input_weighted ? 1.0f : slot_weight(slot); }
-    Activations reserve_hidden(std::int64_t base);
+    Rows hidden_rows(const Segment& segment, std::int64_t base);
     void sort_slots();
     void add_in_order(const Given& given);
     void keep_outputs(const Given& given);
     void add_biases(const std::vector<Segment>& segments, float* outs, std::int64_t out_stride);
     void add_kept();
-    void make_hidden(const std::vector<Segment>& segments, std::int64_t base, bool in_order);
-    void hidden_piece(const Segment& segment, const Activations& hidden, std::int64_t base, std::int64_t begin,
-                      std::int64_t end, int worker);
+    void make_hidden(const std::vector<Segment>& segments, std::int64_t base);
+    void hidden_piece(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker);
     void add_outputs(const std::vector<Segment>& segments, std::int64_t base);
 
     const ExpertLayout& layout_;
-    const Activations& acts_;
+    Activations acts_;
     Assignment to_;
     ExpertWorkspace& room_;
     std::int64_t threads_;

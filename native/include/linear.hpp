@@ -6,29 +6,18 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
 #include "activations.hpp"
 #include "quantized.hpp"
+#include "weights.hpp"
 
 namespace fewfire {
 namespace {
 
 constexpr int kDirectTokens = 4;  // up to here weights are unpacked in registers, beyond once for all tokens
-alignas(16) constexpr std::int8_t kQ4Book[16] = {-18, -15, -12, -10, -8, -6, -4, -2, 0, 2, 4, 6, 8, 11, 13, 16};
-alignas(16) constexpr std::int8_t kMxBook[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-constexpr int kQ4Offset = 18, kMxOffset = 12, kByteOffset = 128;
-
-inline float bf16_to_float(std::uint16_t bits) {
-    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-}
 
 // body(integral_constant) for 0 .. kCount - 1. A loop would do, but GCC unrolls loops too late to keep an array of
 // accumulators in registers: it then stores each one at every step.
@@ -39,6 +28,25 @@ template <int kCount, class Body>
     }(std::make_integer_sequence<int, kCount>{});
 }
 
+// Calls body(integral_constant) of `n`, from 1 to kMost.
+template <int kMost, class Body>
+void for_number(int n, const Body& body) {
+    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
+        ((n == kIndex + 1 ? body(std::integral_constant<int, kIndex + 1>{}) : void()), ...);
+    }(std::make_integer_sequence<int, kMost>{});
+}
+
+// Calls body(integral_constant) of a quantized format.
+template <class Body>
+void for_format(WeightFormat format, const Body& body) {
+    using Format = WeightFormat;
+    const auto offer = [&]<Format... kFormats>(std::integer_sequence<Format, kFormats...>) {
+        ((format == kFormats ? body(std::integral_constant<Format, kFormats>{}) : void()), ...);
+    };
+    offer(std::integer_sequence<Format, Format::kQ8, Format::kQ4, Format::kMxfp4, Format::kQ4_0, Format::kQ4_1, Format::kQ8_0,
+                                Format::kQ4K, Format::kQ6K>{});
+}
+
 // Where the products of a block's 16 rows with tokens go: token t's begin at first + t * stride; `rows` of them exist.
 struct Target {
     float* first;
@@ -46,7 +54,7 @@ struct Target {
 };
 
 template <class Ops>
-void put(const Target& target, int t, typename Ops::Float x) {
+void put(const Target& target, std::int64_t t, typename Ops::Float x) {
     float* to = target.first + t * target.stride;
     if (target.rows == kRows) return Ops::store_floats(to, x);
     float lanes[kRows];
@@ -54,112 +62,112 @@ void put(const Target& target, int t, typename Ops::Float x) {
     std::memcpy(to, lanes, static_cast<std::size_t>(target.rows) * 4);
 }
 
-// ---------------------------------------------------------------------------------------- whole bytes, many tokens
+// The sums of a tile's codes in runs of which a group has `runs` (1, 4 or 8).
+inline const std::int32_t* run_sums(const Tile& tile, int runs) {
+    return runs == 1 ? tile.sums : runs == 4 ? tile.sums32 : tile.sums16;
+}
 
-// Some groups of one block's weights: bytes + 128 in q8's order, and 16 scales for every run of columns that shares them.
-struct Panel {
-    const std::uint8_t* bytes;
-    const float* scales;
+// What each run's sum begins with: minus what the codes add where all weights are `offset` too large.
+inline void make_starts(const Tile& tile, int runs, std::int64_t count, int offset, std::int32_t* starts) {
+    const std::int32_t* sums = run_sums(tile, runs);
+    for (std::int64_t i = 0; i < count; ++i) starts[i] = -offset * sums[i];
+}
+
+// total += the minima of a group times the sums of a token's codes, run after run.
+template <class Ops>
+typename Ops::Float add_minima(typename Ops::Float total, const float* minima, std::int64_t step, int runs,
+                               const std::int32_t* sums, std::int64_t tokens, float token_scale) {
+    for (int run = 0; run < runs; ++run) {
+        const float weight = static_cast<float>(sums[run * tokens]) * token_scale;
+        total = Ops::add(total, Ops::mul(Ops::load_floats(minima + run * step), Ops::set_float(weight)));
+    }
+    return total;
+}
+
+// --------------------------------------------------------------------------------------------------- few tokens
+
+// Room for the scales and minima of one block, (groups, runs, 16) each.
+struct BlockScales {
+    float *scales, *minima;
 };
 
-// Stores before it are done, loads after it not yet.
-[[gnu::always_inline]] inline void settle() { __asm__ volatile("" ::: "memory"); }
-
-// Where totals come from, and go: those of block b and token t lie at b * block + t * token. Null: they begin with zeros.
-struct Totals {
-    const float* from;
-    float* to;
-    std::int64_t from_block, from_token, to_block, to_token;
-};
-
-// Totals += `groups` groups of the panels times those of the tile.
-template <class Ops, int kTokens, int kBlocks, int kQuads>
-void multiply_bytes(const Panel* panels, const Tile& tile, std::int64_t groups, Totals totals) {
-    constexpr int kRuns = 32 / kQuads;  // in one activation group
-    alignas(64) std::int32_t sums[kBlocks * kTokens][kRows];
-    const std::uint8_t* bytes[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) bytes[b] = panels[b].bytes;
-    const std::int32_t* starts = tile.starts;
-    const std::int8_t* codes = tile.codes;
-    for (std::int64_t g = 0; g < groups; ++g, codes += kTokens * kGroup) {
-        for (int run = 0; run < kRuns; ++run, starts += kTokens) {
-            typename Ops::Int acc[kBlocks * kTokens];
-            unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start(starts + i % kTokens); });
-            const std::int8_t* at = codes + run * kQuads * 4;
-            const std::int8_t* next = codes + kTokens * kGroup + run * kQuads * 64;
-            for (int q = 0; q < kQuads; ++q, at += 4) {
-                typename Ops::Bytes w[kBlocks];
-                unroll<kBlocks>([&](auto b) { w[b] = Ops::load_bytes(bytes[b] + 64 * q); });
-                Ops::prefetch(next + 64 * q);
-                unroll<kTokens>([&](auto t) {
-                    const typename Ops::Word word = Ops::word(at + t * kGroup);
-                    unroll<kBlocks>([&](auto b) {
-                        acc[b * kTokens + t] = Ops::dot(acc[b * kTokens + t], w[b], word);
-                    });
-                });
-            }
-            // Through memory: what scales the sums would otherwise take the registers that hold them.
-            unroll<kBlocks * kTokens>([&](auto i) {
-                Ops::store_bytes(reinterpret_cast<std::uint8_t*>(sums[i]), Ops::as_bytes(acc[i]));
+template <class Ops, WeightFormat kFormat, int kTokens>
+void multiply_direct(const Matrix& weight, std::int64_t block, const Tile& tile, const std::int32_t* starts,
+                     const BlockScales& room, const Target& target) {
+    constexpr int kRuns = kGroupBytes<kFormat>.runs, kLines = 16 / kRuns;
+    using Reader = Lines<Ops, kFormat>;
+    constexpr bool kSmall = Reader::kOffset < 64;  // bytes of at most 127
+    typename Ops::Float total[kTokens], below[kTokens];
+    unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(), below[t] = Ops::zero_float(); });
+    const std::int64_t groups = weight.groups();
+    const std::int8_t* at = tile.codes;
+    const std::uint8_t* codes = Place(weight, block, 0).codes;
+    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup, codes += kGroupBytes<kFormat>.codes) {
+        float* scales = room.scales + g * kRuns * kRows;
+        float* minima = room.minima + g * kRuns * kRows;
+        unroll<kRuns>([&](auto run) {
+            typename Ops::Int acc[kTokens];
+            unroll<kTokens>([&](auto t) {
+                const std::int32_t* start = starts + (g * kRuns + run) * kTokens + t;
+                acc[t] = kSmall ? Ops::start_small(start) : Ops::start(start);
             });
-            settle();
-            for (int b = 0; b < kBlocks; ++b) {
-                bytes[b] += 64 * kQuads;
-                const typename Ops::Float scale = Ops::load_floats(panels[b].scales + (g * kRuns + run) * kRows);
-                const float* token_scales = tile.scales + g * kTokens;
-                const float* from = totals.from + b * totals.from_block;
-                float* to = totals.to + b * totals.to_block;
-#pragma GCC unroll 4
-                for (int t = 0; t < kTokens; ++t) {
-                    const auto* sum = reinterpret_cast<const std::uint8_t*>(sums[b * kTokens + t]);
-                    const typename Ops::Float both = Ops::mul(scale, Ops::set_float(token_scales[t]));
-                    const typename Ops::Float added = Ops::mul(Ops::to_float(Ops::load_ints(sum)), both);
-                    const bool begins = totals.from == nullptr;
-                    const typename Ops::Float total = begins ? Ops::zero_float() : Ops::load_floats(from + t * totals.from_token);
-                    Ops::store_floats(to + t * totals.to_token, Ops::add(total, added));
-                }
-            }
-            totals.from = totals.to, totals.from_block = totals.to_block, totals.from_token = totals.to_token;
+            unroll<kLines>([&](auto step) {
+                constexpr int line = run * kLines + step;
+                Ops::prefetch(codes + kGroupBytes<kFormat>.codes / 16 * line + 4096);
+                if constexpr (kGroupBytes<kFormat>.codes == 2048) Ops::prefetch(codes + kGroupBytes<kFormat>.codes / 16 * line + 4096 + 64);
+                const Pair<Ops> pair = Reader::read(codes, line, Reader::kOffset);
+                unroll<2 * kTokens>([&](auto i) {
+                    constexpr int t = i % kTokens, quad = i / kTokens;
+                    const typename Ops::Word word = Ops::word(at + t * kGroup + 8 * line + 4 * quad);
+                    acc[t] = kSmall ? Ops::dot_small(acc[t], pair[quad], word) : Ops::dot(acc[t], pair[quad], word);
+                });
+            });
+            const typename Ops::Float scale = Ops::load_floats(scales + run * kRows);
+            unroll<kTokens>([&](auto t) {
+                const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
+                total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(acc[t]), both));
+            });
+        });
+        if constexpr (kGroupBytes<kFormat>.has_minimum) {
+            const std::int32_t* sums = run_sums(tile, kRuns) + g * kRuns * kTokens;
+            unroll<kTokens>([&](auto t) {
+                below[t] = add_minima<Ops>(below[t], minima, kRows, kRuns, sums + t, kTokens, tile.scales[g * kTokens + t]);
+            });
         }
     }
+    unroll<kTokens>([&](auto t) { put<Ops>(target, t, kGroupBytes<kFormat>.has_minimum ? Ops::add(total[t], below[t]) : total[t]); });
 }
 
-// ------------------------------------------------------------------------------------- nibbles, few tokens
-
-// acc += the products of one line of nibbles, 8 columns, whose codes are at `at`.
+// q4: sub-scales are integers, so that a group is one exact sum.
 template <class Ops, int kTokens>
-[[gnu::always_inline]] inline void add_line(typename Ops::Int* acc, const std::uint8_t* line, const std::int8_t* book,
-                                            int offset, const std::int8_t* at) {
-    const typename Ops::Bytes x = Ops::load_bytes(line);
-    Ops::prefetch(line + 4096);
-    const typename Ops::Bytes low = Ops::look_up(book, offset, Ops::low_nibbles(x));
-    const typename Ops::Bytes high = Ops::look_up(book, offset, Ops::high_nibbles(x));
-    unroll<kTokens>([&](auto t) { acc[t] = Ops::dot_small(acc[t], low, Ops::word(at + t * kGroup)); });
-    unroll<kTokens>([&](auto t) { acc[t] = Ops::dot_small(acc[t], high, Ops::word(at + t * kGroup + 4)); });
-}
-
-template <class Ops, int kTokens>
-void multiply_q4(const std::uint8_t* codes, const std::uint8_t* scales, const Tile& tile, std::int64_t groups,
+void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, const std::int32_t* starts,
                  const Target& target) {
     typename Ops::Float total[kTokens];
     unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
     const std::int8_t* at = tile.codes;
-    const std::int32_t* starts = tile.starts;
-    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
+    const Place place(weight, block, 0);
+    const std::uint8_t *codes = place.codes, *scales = place.scales;
+    for (std::int64_t g = 0; g < weight.groups(); ++g, at += kTokens * kGroup) {
         const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
         typename Ops::Int whole[kTokens];
         unroll<kTokens>([&](auto t) { whole[t] = Ops::zero_int(); });
         unroll<8>([&](auto s) {
             typename Ops::Int acc[kTokens];
             unroll<kTokens>([&](auto t) { acc[t] = Ops::start_small(starts + s * kTokens + t); });
-            unroll<2>([&](auto line) {
-                add_line<Ops, kTokens>(acc, codes + 64 * (2 * s + line), kQ4Book, kQ4Offset, at + 8 * (2 * s + line));
+            unroll<2>([&](auto half) {
+                constexpr int line = 2 * s + half;
+                Ops::prefetch(codes + 64 * line + 4096);
+                const Pair<Ops> pair = look_up_line<Ops>(codes, line, kQ4Book, kQ4Offset);
+                unroll<2 * kTokens>([&](auto i) {
+                    constexpr int t = i % kTokens, quad = i / kTokens;
+                    acc[t] = Ops::dot_small(acc[t], pair[quad], Ops::word(at + t * kGroup + 8 * line + 4 * quad));
+                });
             });
             const typename Ops::Int step = Ops::template signed_nibble<s()>(steps);
             unroll<kTokens>([&](auto t) { whole[t] = Ops::multiply_add(whole[t], acc[t], step); });
         });
         starts += 8 * kTokens;
-        codes += 64 * 16;
+        codes += 1024;
         const typename Ops::Float scale = Ops::load_bf16(scales);
         scales += 6 * kRows;
         unroll<kTokens>([&](auto t) {
@@ -170,98 +178,242 @@ void multiply_q4(const std::uint8_t* codes, const std::uint8_t* scales, const Ti
     unroll<kTokens>([&](auto t) { put<Ops>(target, t, total[t]); });
 }
 
-inline float mx_scale(std::uint8_t exponent) {
-    return exponent == 255 ? NAN : std::ldexp(0.5f, static_cast<int>(exponent) - 127);  // the book is twice the values
-}
-
-template <class Ops, int kTokens>
-void multiply_mxfp4(const std::uint8_t* codes, const float* scales, const Tile& tile, std::int64_t groups,
-                    const Target& target) {
-    typename Ops::Float total[kTokens];
-    unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
-    const std::int8_t* at = tile.codes;
-    const std::int32_t* starts = tile.starts;
-    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
-        unroll<4>([&](auto run) {
-            typename Ops::Int acc[kTokens];
-            unroll<kTokens>([&](auto t) { acc[t] = Ops::start_small(starts + run * kTokens + t); });
-            unroll<4>([&](auto line) {
-                add_line<Ops, kTokens>(acc, codes + 64 * (4 * run + line), kMxBook, kMxOffset, at + 8 * (4 * run + line));
-            });
-            const typename Ops::Float scale = Ops::load_floats(scales + run * kRows);
-            unroll<kTokens>([&](auto t) {
-                const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
-                total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(acc[t]), both));
-            });
-        });
-        starts += 4 * kTokens;
-        codes += 64 * 16;
-        scales += 4 * kRows;
+template <class Ops, WeightFormat kFormat>
+void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts, float* out,
+                   std::int64_t out_stride, std::uint8_t* scratch) {
+    constexpr bool kIsQ4 = kFormat == WeightFormat::kQ4;
+    constexpr int kRuns = kIsQ4 ? 8 : kGroupBytes<kFormat>.runs;
+    const std::int64_t groups = weight.groups(), scales = groups * kRuns * kRows;
+    const int n = static_cast<int>(acts.count());
+    const Tile tile(acts.tiles, 0);
+    auto* starts = reinterpret_cast<std::int32_t*>(scratch);
+    auto* floats = reinterpret_cast<float*>(starts + (groups * kRuns * n + 15) / 16 * 16);
+    const BlockScales room{floats, floats + (kGroupBytes<kFormat>.has_minimum ? scales : 0)};
+    if constexpr (kIsQ4) {
+        make_starts(tile, 8, groups * 8 * n, kQ4Offset, starts);
+    } else {
+        make_starts(tile, kRuns, groups * kRuns * n, Lines<Ops, kFormat>::kOffset, starts);
     }
-    unroll<kTokens>([&](auto t) { put<Ops>(target, t, total[t]); });
-}
-
-// ------------------------------------------------------------------------------------------------- unpacking
-
-template <class Ops>
-void unpack_q4(const std::uint8_t* codes, const std::uint8_t* scales, std::int64_t groups, std::uint8_t* panel,
-               float* to_scales) {
-    for (std::int64_t g = 0; g < groups; ++g) {
-        const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
-        Ops::store_floats(to_scales + g * kRows, Ops::load_bf16(scales));
-        scales += 6 * kRows;
-        unroll<8>([&](auto s) {
-            const typename Ops::Int step = Ops::template signed_nibble<s()>(steps);
-            unroll<2>([&](auto) {
-                const typename Ops::Bytes x = Ops::load_bytes(codes);
-                Ops::store_bytes(panel, Ops::stretch(Ops::look_up(kQ4Book, 0, Ops::low_nibbles(x)), step));
-                Ops::store_bytes(panel + 64, Ops::stretch(Ops::look_up(kQ4Book, 0, Ops::high_nibbles(x)), step));
-                codes += 64;
-                panel += 128;
-            });
-        });
-    }
-}
-
-template <class Ops>
-void unpack_mxfp4(const std::uint8_t* codes, std::int64_t groups, std::uint8_t* panel) {
-    for (std::int64_t line = 0; line < groups * 16; ++line, codes += 64, panel += 128) {
-        const typename Ops::Bytes x = Ops::load_bytes(codes);
-        Ops::store_bytes(panel, Ops::look_up(kMxBook, kByteOffset, Ops::low_nibbles(x)));
-        Ops::store_bytes(panel + 64, Ops::look_up(kMxBook, kByteOffset, Ops::high_nibbles(x)));
-    }
-}
-
-// 16 float scales a group of q8, or a quarter group of mxfp4, for `groups` groups from `at` (counted over all blocks).
-template <class Ops>
-void read_scales(const Matrix& weight, std::int64_t at, std::int64_t groups, float* scales) {
-    if (weight.format == WeightFormat::kQ8) {
-        const std::uint8_t* from = weight.scales + at * 2 * kRows;
-        for (std::int64_t g = 0; g < groups; ++g) {
-            Ops::store_floats(scales + g * kRows, Ops::load_bf16(from + g * 2 * kRows));
+    for (std::int64_t block = first; block < last; ++block) {
+        const Target target{out + block * kRows, out_stride, std::min(kRows, weight.rows - block * kRows)};
+        for (std::int64_t g = 0; !kIsQ4 && g < groups; ++g) {
+            const std::int64_t at = g * kRuns * kRows;
+            read_scales<Ops>(kFormat, Place(weight, block, g), room.scales + at, room.minima + at, kRows);
         }
-    } else if (weight.format == WeightFormat::kMxfp4) {
-        const std::uint8_t* from = weight.scales + at * 4 * kRows;
-        for (std::int64_t i = 0; i < groups * 4 * kRows; ++i) scales[i] = mx_scale(from[i]);
+        for_number<kDirectTokens>(n, [&](auto tokens) {
+            if constexpr (kIsQ4) {
+                multiply_q4<Ops, tokens()>(weight, block, tile, starts, target);
+            } else {
+                multiply_direct<Ops, kFormat, tokens()>(weight, block, tile, starts, room, target);
+            }
+        });
     }
 }
 
-// Groups [first, first + groups) of one block, unpacked into `bytes` and `scales` unless they lie so already.
-template <class Ops>
-Panel unpack(const Matrix& weight, std::int64_t block, std::int64_t first, std::int64_t groups, std::uint8_t* bytes,
-             float* scales) {
-    const std::int64_t at = block * weight.groups() + first;
-    read_scales<Ops>(weight, at, groups, scales);
-    switch (weight.format) {
-        case WeightFormat::kQ4:
-            unpack_q4<Ops>(weight.codes + at * kGroup * kRows / 2, weight.scales + at * 6 * kRows, groups, bytes, scales);
-            return {bytes, scales};
-        case WeightFormat::kMxfp4:
-            unpack_mxfp4<Ops>(weight.codes + at * kGroup * kRows / 2, groups, bytes);
-            return {bytes, scales};
-        default: return {weight.codes + at * kGroup * kRows, scales};
+// -------------------------------------------------------------------------------------------------- many tokens
+
+// Some groups of up to kMostBlocks blocks: bytes + 128 in q8's order, block b's at b * gap; and for every run of columns 16
+// scales (and minima) of each block.
+struct Panel {
+    const std::uint8_t* bytes;
+    std::int64_t gap;
+    float *scales, *minima;  // ((group, run), kMostBlocks, 16)
+};
+
+constexpr std::int64_t kPanelGap = kPanelGroups * kGroup * kRows;  // of what was unpacked
+
+template <WeightFormat kFormat>
+constexpr bool kIsBytes = kFormat == WeightFormat::kQ8 || kFormat == WeightFormat::kQ8_0;
+
+// Groups [first, first + some) of a block as bytes.
+template <class Ops, WeightFormat kFormat>
+void unpack_bytes(const Matrix& weight, std::int64_t block, std::int64_t first, std::int64_t some, std::uint8_t* to) {
+    for (std::int64_t g = first; g < first + some; ++g) {
+        const Place place(weight, block, g);
+        if constexpr (kIsBytes<kFormat>) {
+            std::memcpy(to, place.codes, kGroup * kRows);
+            to += kGroup * kRows;
+        } else if constexpr (kFormat == WeightFormat::kQ4) {
+            const typename Ops::Int steps = Ops::load_ints(place.scales + 2 * kRows);
+            unroll<8>([&](auto s) {
+                const auto step = Ops::stretch_by(Ops::template signed_nibble<s()>(steps));
+                unroll<2>([&](auto half) {
+                    const Pair<Ops> pair = look_up_line<Ops>(place.codes, 2 * s + half, kQ4Book, 0);
+                    Ops::store_bytes(to, Ops::stretch(pair[0], step));
+                    Ops::store_bytes(to + 64, Ops::stretch(pair[1], step));
+                    to += 128;
+                });
+            });
+        } else {
+            unroll<16>([&](auto line) {
+                const Pair<Ops> pair = Lines<Ops, kFormat>::read(place.codes, line, kByteOffset);
+                Ops::store_bytes(to, pair[0]);
+                Ops::store_bytes(to + 64, pair[1]);
+                to += 128;
+            });
+        }
     }
 }
+
+// Stores before it are done, loads after it not yet.
+[[gnu::always_inline]] inline void settle() { __asm__ volatile("" ::: "memory"); }
+
+// One run's sums of kTokens tokens and kBlocks blocks, then added to totals (tokens, kMostBlocks, 16) with their scales.
+template <class Ops, int kTokens, int kBlocks, int kQuads>
+void multiply_run(const std::uint8_t* const* bytes, const float* scales, const std::int8_t* codes,
+                  const std::int32_t* starts, const float* token_scales, float* totals) {
+    alignas(64) std::int32_t sums[kBlocks * kTokens][kRows];
+    typename Ops::Int acc[kBlocks * kTokens];
+    unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start(starts + i % kTokens); });
+    for (int q = 0; q < kQuads; ++q) {
+        typename Ops::Bytes w[kBlocks];
+        unroll<kBlocks>([&](auto b) { w[b] = Ops::load_bytes(bytes[b] + 64 * q); });
+        Ops::prefetch(codes + kTokens * kGroup + 64 * q);
+        unroll<kTokens>([&](auto t) {
+            const typename Ops::Word word = Ops::word(codes + t * kGroup + 4 * q);
+            unroll<kBlocks>([&](auto b) { acc[b * kTokens + t] = Ops::dot(acc[b * kTokens + t], w[b], word); });
+        });
+    }
+    // Through memory: what scales the sums would otherwise take the registers that hold them.
+    unroll<kBlocks * kTokens>([&](auto i) {
+        Ops::store_bytes(reinterpret_cast<std::uint8_t*>(sums[i]), Ops::as_bytes(acc[i]));
+    });
+    settle();
+    for (int b = 0; b < kBlocks; ++b) {
+        const typename Ops::Float scale = Ops::load_floats(scales + b * kRows);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+            float* total = totals + (t * kMostBlocks + b) * kRows;
+            const auto* sum = reinterpret_cast<const std::uint8_t*>(sums[b * kTokens + t]);
+            const typename Ops::Float both = Ops::mul(scale, Ops::set_float(token_scales[t]));
+            const typename Ops::Float added = Ops::mul(Ops::to_float(Ops::load_ints(sum)), both);
+            Ops::store_floats(total, Ops::add(Ops::load_floats(total), added));
+        }
+    }
+}
+
+// Groups of a tile through the panel, whose first group is `first` of the tile's, added to totals (tokens, kMostBlocks, 16).
+template <class Ops, int kTokens, int kRuns>
+void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile, const std::int32_t* starts,
+                   float* totals) {
+    if constexpr (requires { Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals); }) {
+        Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals);
+    } else {
+        constexpr int kQuads = 32 / kRuns;
+        for (std::int64_t at = 0; at < some * kRuns; ++at) {
+            const std::int64_t g = first + at / kRuns, run = at % kRuns;
+            const std::uint8_t* bytes[Ops::kBlocks];
+            for (int b = 0; b < Ops::kBlocks; ++b) bytes[b] = panel.bytes + b * panel.gap + at * kQuads * 64;
+            multiply_run<Ops, kTokens, Ops::kBlocks, kQuads>(
+                bytes, panel.scales + at * kMostBlocks * kRows, tile.codes + g * kTokens * kGroup + run * kQuads * 4,
+                starts + (g * kRuns + run) * kTokens, tile.scales + g * kTokens, totals);
+        }
+    }
+}
+
+// All tiles through the products of some blocks.
+template <class Ops, WeightFormat kFormat>
+class PanelProduct {
+public:
+    PanelProduct(const Matrix& weight, const Tiles& tiles, float* out, std::int64_t out_stride, std::uint8_t* scratch)
+        : weight_(weight), tiles_(tiles), out_(out), out_stride_(out_stride) {
+        const std::int64_t panel = kMostBlocks * kPanelGroups * kGroup * kRows;
+        const std::int64_t scales = kPanelGroups * kRuns * kMostBlocks * kRows;
+        bytes_ = scratch;
+        std::memset(bytes_, 0, static_cast<std::size_t>(panel + scales * 4));
+        scales_ = reinterpret_cast<float*>(scratch + panel);
+        minima_ = scales_ + scales;
+        totals_ = minima_ + (kGroupBytes<kFormat>.has_minimum ? scales : 0);
+        below_ = totals_ + tiles.count * kMostBlocks * kRows;
+        starts_ = reinterpret_cast<std::int32_t*>(below_ + (kGroupBytes<kFormat>.has_minimum ? tiles.count * kMostBlocks * kRows : 0));
+        for (std::int64_t i = 0; i < tiles.tiles; ++i) {
+            const std::int64_t runs = tiles.groups * kRuns;
+            make_starts(Tile(tiles, i), kRuns, runs * tiles.size(i), kByteOffset, starts_ + tiles.begin(i) * runs);
+        }
+    }
+
+    void run(std::int64_t first, std::int64_t last) {
+        for (std::int64_t block = first; block < last;) {
+            const int blocks = static_cast<int>(std::min<std::int64_t>(Ops::kBlocks, last - block));
+            const std::int64_t numbers = tiles_.count * kMostBlocks * kRows * (kGroupBytes<kFormat>.has_minimum ? 2 : 1);
+            std::memset(totals_, 0, static_cast<std::size_t>(numbers) * 4);  // `below_` follows
+            for (std::int64_t g = 0; g < tiles_.groups; g += kPanelGroups) {
+                const std::int64_t some = std::min(kPanelGroups, tiles_.groups - g);
+                add_groups(unpack(block, blocks, g, some), blocks, g, some);
+            }
+            put_totals(block, blocks);
+            block += blocks;
+        }
+    }
+
+private:
+    static constexpr int kRuns = kGroupBytes<kFormat>.runs;
+
+    Panel unpack(std::int64_t block, int blocks, std::int64_t first, std::int64_t some) {
+        for (int b = 0; b < blocks; ++b) {
+            for (std::int64_t g = 0; g < some; ++g) {
+                const std::int64_t at = (g * kRuns * kMostBlocks + b) * kRows;
+                read_scales<Ops>(kFormat, Place(weight_, block + b, first + g), scales_ + at, minima_ + at, kMostBlocks * kRows);
+            }
+        }
+        if (kIsBytes<kFormat> && blocks == Ops::kBlocks) {  // they lie as they are multiplied
+            const std::int64_t gap = stored_groups(weight_) * kGroup * kRows;
+            return {Place(weight_, block, first).codes, gap, scales_, minima_};
+        }
+        for (int b = 0; b < blocks; ++b) unpack_bytes<Ops, kFormat>(weight_, block + b, first, some, bytes_ + b * kPanelGap);
+        return {bytes_, kPanelGap, scales_, minima_};
+    }
+
+    void put_totals(std::int64_t block, int blocks) {
+        for (std::int64_t t = 0; t < tiles_.count; ++t) {
+            for (int b = 0; b < blocks; ++b) {
+                const std::int64_t at = (t * kMostBlocks + b) * kRows, row = (block + b) * kRows;
+                typename Ops::Float total = Ops::load_floats(totals_ + at);
+                if constexpr (kGroupBytes<kFormat>.has_minimum) total = Ops::add(total, Ops::load_floats(below_ + at));
+                put<Ops>({out_ + row, out_stride_, std::min(kRows, weight_.rows - row)}, t, total);
+            }
+        }
+    }
+
+    // Blocks that are not there are multiplied too, and their totals not looked at.
+    void add_groups(const Panel& panel, int blocks, std::int64_t first, std::int64_t some) {
+        for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
+            const std::int32_t* starts = starts_ + tiles_.begin(i) * tiles_.groups * kRuns;
+            float* totals = totals_ + tiles_.begin(i) * kMostBlocks * kRows;
+            for_number<Ops::kTokens>(static_cast<int>(tiles_.size(i)), [&](auto tokens) {
+                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, totals);
+            });
+        }
+        if constexpr (kGroupBytes<kFormat>.has_minimum) add_panel_minima(panel, blocks, first, some);
+    }
+
+    void add_panel_minima(const Panel& panel, int blocks, std::int64_t first, std::int64_t some) {
+        for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
+            const Tile tile(tiles_, i);
+            const std::int64_t n = tiles_.size(i);
+            for (std::int64_t t = 0; t < n; ++t) {
+                for (int b = 0; b < blocks; ++b) {
+                    float* at = below_ + ((tiles_.begin(i) + t) * kMostBlocks + b) * kRows;
+                    typename Ops::Float below = Ops::load_floats(at);
+                    for (std::int64_t g = 0; g < some; ++g) {
+                        const float* minima = panel.minima + (g * kRuns * kMostBlocks + b) * kRows;
+                        const std::int32_t* sums = run_sums(tile, kRuns) + (first + g) * kRuns * n + t;
+                        below = add_minima<Ops>(below, minima, kMostBlocks * kRows, kRuns, sums, n, tile.scales[(first + g) * n + t]);
+                    }
+                    Ops::store_floats(at, below);
+                }
+            }
+        }
+    }
+
+    const Matrix& weight_;
+    const Tiles& tiles_;
+    float* out_;
+    std::int64_t out_stride_;
+    std::uint8_t* bytes_;
+    float *scales_, *minima_, *totals_, *below_;
+    std::int32_t* starts_;
+};
 
 // ----------------------------------------------------------------------------------------------- plain weights
 
@@ -313,10 +465,11 @@ void multiply_plain(const Element* row, std::int64_t columns, const float* const
 }
 
 template <class Ops, class Element>
-void linear_plain(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts,
-                  const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride) {
+void linear_plain(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts, float* out,
+                  std::int64_t out_stride) {
     const auto* rows = reinterpret_cast<const Element*>(weight.codes);
-    const auto token = [&](std::int64_t i) { return acts.values + (tokens == nullptr ? i : tokens[i]) * acts.stride; };
+    const std::int64_t count = acts.count();
+    const auto token = [&](std::int64_t i) { return acts.values + (acts.rows == nullptr ? i : acts.rows[i]) * acts.stride; };
     for (std::int64_t r = first * kRows; r < std::min(last * kRows, weight.rows); ++r) {
         const Element* row = rows + r * weight.columns;
         std::int64_t i = 0;
@@ -387,147 +540,85 @@ void linear_transposed(const Matrix& weight, const float* x, std::int64_t x_stri
     linear_transposed_of<Ops, float>(weight, x, x_stride, count, out, out_stride);
 }
 
-// ------------------------------------------------------------------------------------------------- all formats
+// ------------------------------------------------------------------------------------------------- one row
 
-// Calls body(integral_constant) of `n`, from 1 to kMost.
-template <int kMost, class Body>
-void for_number(int n, const Body& body) {
-    [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
-        ((n == kIndex + 1 ? body(std::integral_constant<int, kIndex + 1>{}) : void()), ...);
-    }(std::make_integer_sequence<int, kMost>{});
-}
-
-inline Bias bias_of(WeightFormat format, bool direct) {
-    switch (format) {
-        case WeightFormat::kQ4: return direct ? Bias{16, kQ4Offset} : Bias{128, kByteOffset};
-        case WeightFormat::kMxfp4: return {32, direct ? kMxOffset : kByteOffset};
-        default: return {128, kByteOffset};
-    }
-}
-
-// Tiles of `count` tokens, nearly equal and none larger than `most`.
-struct Tiling {
-    std::int64_t count, tiles, small, larger;  // the first `larger` tiles have small + 1 tokens, the others small
-
-    Tiling(std::int64_t tokens, std::int64_t most)
-        : count(tokens), tiles((tokens + most - 1) / most), small(tokens / tiles), larger(tokens % tiles) {}
-    std::int64_t begin(std::int64_t i) const { return small * i + std::min(i, larger); }
-    int size(std::int64_t i) const { return static_cast<int>(small) + (i < larger ? 1 : 0); }
-};
-
-// Where linear_panels keeps what it unpacks, and the totals of up to kTogether tokens.
-struct PanelRoom {
-    std::uint8_t* bytes;
-    float *scales, *totals;
-
-    static PanelRoom in(std::uint8_t* scratch) {
-        auto* scales = reinterpret_cast<float*>(scratch + kMostBlocks * kPanelGroups * kGroup * kRows);
-        return {scratch, scales, scales + kMostBlocks * kPanelGroups * 4 * kRows};
-    }
-};
-
-template <class Ops>
-void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, const Tile& tile, int n, float* out,
-                   std::int64_t out_stride, float* scales) {
-    const std::int64_t groups = weight.groups();
-    for (std::int64_t block = first; block < last; ++block) {
-        const std::uint8_t* codes = weight.codes + block * groups * kGroup * kRows / 2;
-        const Target target{out + block * kRows, out_stride, std::min(kRows, weight.rows - block * kRows)};
-        read_scales<Ops>(weight, block * groups, groups, scales);
-        for_number<kDirectTokens>(n, [&](auto tokens) {
-            if (weight.format == WeightFormat::kMxfp4) {
-                return multiply_mxfp4<Ops, tokens()>(codes, scales, tile, groups, target);
-            }
-            multiply_q4<Ops, tokens()>(codes, weight.scales + block * groups * 6 * kRows, tile, groups, target);
-        });
-    }
-}
-
-// Some groups of some blocks are unpacked at a time, as many as the first-level cache holds, and all tokens pass by.
-// Two blocks at a time where registers allow it, so that a word of activations serves both.
-template <class Ops>
-void linear_panels(const Matrix& weight, std::int64_t first, std::int64_t last, const Tile* tiles, const Tiling& tiling,
-                   float* out, std::int64_t out_stride, const PanelRoom& room) {
-    const std::int64_t groups = weight.groups();
-    const bool fine = weight.format == WeightFormat::kMxfp4;
-    const int runs = fine ? 4 : 1;
-    for (std::int64_t block = first; block < last;) {
-        const int blocks = static_cast<int>(std::min<std::int64_t>(Ops::kBlocks, last - block));
-        const bool whole = (block + blocks) * kRows <= weight.rows;  // else through totals, 16 rows a block
-        for (std::int64_t g = 0; g < groups; g += kPanelGroups) {
-            const std::int64_t some = std::min(kPanelGroups, groups - g);
-            Panel panels[kMostBlocks];
-            for (int b = 0; b < blocks; ++b) {
-                panels[b] = unpack<Ops>(weight, block + b, g, some, room.bytes + b * kPanelGroups * kGroup * kRows,
-                                        room.scales + b * kPanelGroups * 4 * kRows);
-            }
-            for (std::int64_t i = 0; i < tiling.tiles; ++i) {
-                const int n = tiling.size(i);
-                const Tile part{tiles[i].codes + g * n * kGroup, tiles[i].scales + g * n, tiles[i].starts + g * runs * n};
-                float* kept = room.totals + tiling.begin(i) * blocks * kRows;
-                Totals totals{g == 0 ? nullptr : kept, kept, n * kRows, kRows, n * kRows, kRows};
-                if (whole && g + some == groups) {
-                    totals.to = out + tiling.begin(i) * out_stride + block * kRows;
-                    totals.to_block = kRows, totals.to_token = out_stride;
-                }
-                for_number<Ops::kTokens>(n, [&](auto tokens) {
-                    for_number<Ops::kBlocks>(blocks, [&](auto both) {
-                        if (fine) return multiply_bytes<Ops, tokens(), both(), 8>(panels, part, some, totals);
-                        multiply_bytes<Ops, tokens(), both(), 32>(panels, part, some, totals);
-                    });
-                });
-            }
+// Row `row` through the same readers as products: what an embedding gives.
+template <class Ops, WeightFormat kFormat>
+void read_quantized_row(const Matrix& weight, std::int64_t row, float* out) {
+    constexpr std::int64_t kColumns = kGroup / kGroupBytes<kFormat>.runs;
+    const std::int64_t block = row / kRows, r = row % kRows;
+    alignas(64) std::uint8_t room[kGroup * kRows];
+    alignas(64) float scales[kRunsOfGroup * kRows], minima[kRunsOfGroup * kRows];
+    for (std::int64_t g = 0; g < weight.groups(); ++g) {
+        read_scales<Ops>(kFormat, Place(weight, block, g), scales, minima, kRows);
+        unpack_bytes<Ops, kFormat>(weight, block, g, 1, room);
+        for (std::int64_t c = 0; c < std::min(kGroup, weight.columns - g * kGroup); ++c) {
+            const std::int64_t run = c / kColumns;
+            const float value = static_cast<float>(room[c / 4 * 64 + r * 4 + c % 4] - kByteOffset) * scales[run * kRows + r];
+            out[g * kGroup + c] = kGroupBytes<kFormat>.has_minimum ? value + minima[run * kRows + r] : value;
         }
-        for (std::int64_t i = 0; !whole && i < tiling.tiles; ++i) {
-            const float* totals = room.totals + tiling.begin(i) * blocks * kRows;
-            for (int b = 0; b < blocks; ++b) {
-                const std::int64_t row = (block + b) * kRows;
-                const Target target{out + tiling.begin(i) * out_stride + row, out_stride, std::min(kRows, weight.rows - row)};
-                for (int t = 0; t < tiling.size(i); ++t, totals += kRows) put<Ops>(target, t, Ops::load_floats(totals));
-            }
-        }
-        block += blocks;
     }
 }
 
 template <class Ops>
-void linear(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts,
-            const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride,
-            std::uint8_t* scratch) {
-    if (count == 0 || first >= last) return;
+void read_row(const Matrix& weight, std::int64_t row, float* out) {
     if (weight.format == WeightFormat::kF32) {
-        return linear_plain<Ops, float>(weight, first, last, acts, tokens, count, out, out_stride);
+        std::memcpy(out, weight.codes + row * weight.columns * 4, static_cast<std::size_t>(weight.columns) * 4);
+        return;
     }
     if (weight.format == WeightFormat::kBf16) {
-        return linear_plain<Ops, std::uint16_t>(weight, first, last, acts, tokens, count, out, out_stride);
-    }
-    const std::int64_t groups = weight.groups();
-    const bool direct = weight.format != WeightFormat::kQ8 && count <= kDirectTokens;
-    const Bias bias = bias_of(weight.format, direct);
-    if (direct) {
-        const int n = static_cast<int>(count);
-        auto* scales = reinterpret_cast<float*>(scratch);
-        const Tile tile = make_tile(acts, tokens, 0, n, bias, scratch + groups * 4 * kRows * 4);
-        return linear_direct<Ops>(weight, first, last, tile, n, out, out_stride, scales);
-    }
-    const PanelRoom room = PanelRoom::in(scratch);
-    std::uint8_t* tile_room = scratch + kPanelRoomBytes;
-    for (std::int64_t begin = 0; begin < count; begin += kTogether) {
-        const Tiling tiling(std::min(kTogether, count - begin), Ops::kTokens);
-        std::array<Tile, kTogether> tiles;
-        for (std::int64_t i = 0; i < tiling.tiles; ++i) {
-            const std::int64_t at = tiling.begin(i);
-            tiles[static_cast<std::size_t>(i)] =
-                make_tile(acts, tokens, begin + at, tiling.size(i), bias, tile_room + tile_bytes(groups, at));
+        for (std::int64_t i = 0; i < weight.columns; ++i) {
+            std::uint16_t bits;
+            std::memcpy(&bits, weight.codes + (row * weight.columns + i) * 2, 2);
+            out[i] = bf16_to_float(bits);
         }
-        linear_panels<Ops>(weight, first, last, tiles.data(), tiling, out + begin * out_stride, out_stride, room);
+        return;
     }
+    for_format(weight.format, [&](auto format) { read_quantized_row<Ops, format()>(weight, row, out); });
+}
+
+// ------------------------------------------------------------------------------------------------- all formats
+
+template <class Ops, WeightFormat kFormat>
+void linear_quantized(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts, float* out,
+                      std::int64_t out_stride, std::uint8_t* scratch) {
+    if (acts.count() <= kDirectTokens && acts.tiles.tiles == 1) {
+        return linear_direct<Ops, kFormat>(weight, first, last, acts, out, out_stride, scratch);
+    }
+    // Some tiles at a time, so that they stay in the processor's cache while all blocks pass by.
+    const Tiles& all = acts.tiles;
+    for (std::int64_t i = 0; i < all.tiles;) {
+        Tiles some = all;
+        const std::int64_t tiles = std::min<std::int64_t>(all.tiles - i, kTogether / kMostTokens);
+        some.memory += all.begin(i) * token_bytes(all.groups);
+        some.tiles = tiles;
+        some.larger = std::clamp<std::int64_t>(all.larger - i, 0, tiles);
+        some.count = some.small * tiles + some.larger;
+        PanelProduct<Ops, kFormat>(weight, some, out + all.begin(i) * out_stride, out_stride, scratch).run(first, last);
+        i += tiles;
+    }
+}
+
+template <class Ops>
+void linear(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts, float* out,
+            std::int64_t out_stride, std::uint8_t* scratch) {
+    if (acts.count() == 0 || first >= last) return;
+    if (weight.format == WeightFormat::kF32) return linear_plain<Ops, float>(weight, first, last, acts, out, out_stride);
+    if (weight.format == WeightFormat::kBf16) {
+        return linear_plain<Ops, std::uint16_t>(weight, first, last, acts, out, out_stride);
+    }
+    for_format(weight.format, [&](auto format) {
+        linear_quantized<Ops, format()>(weight, first, last, acts, out, out_stride, scratch);
+    });
 }
 
 template <class Ops>
 void fill_quantized(QuantizedTable& table) {
-    table.quantize_rows = quantize_rows;
+    table.tile_tokens = Ops::kTokens;
+    table.quantize = quantize<Ops>;
+    table.gather = gather;
     table.linear = linear<Ops>;
+    table.read_row = read_row<Ops>;
     table.linear_transposed = linear_transposed<Ops>;
 }
 

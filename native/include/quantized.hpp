@@ -13,9 +13,7 @@ namespace fewfire {
 
 constexpr std::int64_t kRows = 16;    // rows of a tile: the lanes of a result
 constexpr std::int64_t kGroup = 128;  // columns of a tile: what shares an activation's scale
-constexpr std::int64_t kSums = 13;    // sums of a group's codes: of all 128, of each 32, of each 16
-
-enum class WeightFormat : std::int32_t { kF32, kBf16, kQ8, kQ4, kMxfp4 };
+enum class WeightFormat : std::int32_t { kF32, kBf16, kQ8, kQ4, kMxfp4, kQ4_0, kQ4_1, kQ8_0, kQ4K, kQ6K };
 
 // One matrix (rows, columns) as a pack holds it. Rows of f32 and bf16 follow one another; scales is null for them.
 struct Matrix {
@@ -26,37 +24,58 @@ struct Matrix {
 
     std::int64_t blocks() const { return (rows + kRows - 1) / kRows; }
     std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+    bool is_plain() const { return format == WeightFormat::kF32 || format == WeightFormat::kBf16; }
     explicit operator bool() const { return codes != nullptr; }
 };
 
-// Tokens as products read them, each in its own rows: values (columns), codes (groups * 128, the padding 0),
-// scales (groups), sums (groups * 13). Rows of values are `stride` apart.
-struct Activations {
-    float* values = nullptr;
-    std::int8_t* codes = nullptr;
-    float* scales = nullptr;
-    std::int32_t* sums = nullptr;
-    std::int64_t columns = 0, stride = 0;
+// Bytes that one token's codes, scales and sums take (the sums of each group's 128 codes, of each 32, of each 16).
+constexpr std::int64_t token_bytes(std::int64_t groups) { return groups * (kGroup + 4 + 13 * 4); }
 
-    std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+// Tokens as products walk them, some together in a tile; how they lie in it is the kernels' own affair. Tiles are nearly
+// equal: the first `larger` of them hold small + 1 tokens, the others small.
+struct Tiles {
+    std::uint8_t* memory = nullptr;  // count * token_bytes(groups), aligned to 64
+    std::int64_t count = 0, groups = 0, tiles = 0, small = 0, larger = 0;
 
-    // The same from row `first` on.
-    Activations from(std::int64_t first) const {
-        const std::int64_t rows = first * groups();
-        return {values + first * stride, codes + rows * kGroup, scales + rows, sums + rows * kSums, columns, stride};
+    Tiles() = default;
+    Tiles(std::uint8_t* room, std::int64_t tokens, std::int64_t num_groups, std::int64_t most)
+        : memory(room), count(tokens), groups(num_groups), tiles((tokens + most - 1) / most) {
+        if (tiles > 0) small = tokens / tiles, larger = tokens % tiles;
+    }
+    std::int64_t begin(std::int64_t i) const { return small * i + (i < larger ? i : larger); }
+    std::int64_t size(std::int64_t i) const { return small + (i < larger ? 1 : 0); }
+    std::int64_t tile_of(std::int64_t token) const {
+        const std::int64_t in_larger = larger * (small + 1);
+        return token < in_larger ? token / (small + 1) : larger + (token - in_larger) / small;
     }
 };
 
-constexpr std::int64_t kMostBlocks = 2;   // blocks of 16 rows that are multiplied together
-constexpr std::int64_t kPanelGroups = 4;  // groups that are unpacked together: 16 KiB of bytes
+// The tokens of a product: values for plain weights, row i being row rows[i] (null: i) of those `stride` apart; tiles for
+// quantized ones.
+struct Activations {
+    const float* values = nullptr;
+    std::int64_t stride = 0, columns = 0;
+    const std::int32_t* rows = nullptr;
+    Tiles tiles;
+
+    std::int64_t count() const { return tiles.count; }
+};
+
+constexpr std::int64_t groups_of(std::int64_t columns) { return (columns + kGroup - 1) / kGroup; }
+
+constexpr std::int64_t kMostBlocks = 4;   // blocks of 16 rows that are multiplied together
+constexpr std::int64_t kMostTokens = 6;   // tokens of a tile, on any instruction set
+constexpr std::int64_t kPanelGroups = 2;  // groups that are unpacked together: 16 KiB of bytes
 constexpr std::int64_t kTogether = 768;   // tokens that pass by what was unpacked
-constexpr std::int64_t kPanelRoomBytes =
-    kMostBlocks * (kPanelGroups * kGroup * kRows + kPanelGroups * 4 * kRows * 4 + kTogether * kRows * 4);
+constexpr std::int64_t kRunsOfGroup = 8;  // the most runs of a group that are scaled apart
 
 // Bytes of scratch that `linear` needs for a matrix of `columns` and `tokens` tokens; a multiple of 64.
 constexpr std::int64_t linear_scratch(std::int64_t columns, std::int64_t tokens) {
-    const std::int64_t groups = (columns + kGroup - 1) / kGroup, together = tokens < kTogether ? tokens : kTogether;
-    return (kPanelRoomBytes + groups * 4 * kRows * 4 + together * groups * (kGroup + 4 + 4 * kSums) + 1024) / 64 * 64;
+    const std::int64_t groups = groups_of(columns), together = tokens < kTogether ? tokens : kTogether;
+    const std::int64_t scales = (kMostBlocks * kPanelGroups + groups) * kRunsOfGroup * kRows * 4;
+    const std::int64_t panels = kMostBlocks * kPanelGroups * kGroup * kRows + 2 * scales;
+    const std::int64_t totals = 2 * together * kMostBlocks * kRows * 4;
+    return (panels + totals + together * groups * kRunsOfGroup * 4 + 1024) / 64 * 64;
 }
 
 using bf16 = std::uint16_t;
@@ -121,15 +140,23 @@ struct AttentionJob {
 };
 
 struct QuantizedTable {
-    // codes, scales and sums of `count` rows of values from `first` on. A row whose largest magnitude is not finite gets
-    // NaN scales; one of zeros gets zeros.
-    void (*quantize_rows)(const Activations& acts, std::int64_t first, std::int64_t count);
+    std::int64_t tile_tokens;  // the most tokens of a tile
 
-    // out[i * out_stride + r] = weight row r times token tokens[i] (null: i), for `count` tokens and the rows of blocks
-    // [first, last) of 16. Rows beyond the matrix's own are not written. `scratch`: linear_scratch bytes, aligned to 64.
-    void (*linear)(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts,
-                   const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride,
-                   std::uint8_t* scratch);
+    // Tiles [first, last) of rows of values, `columns` of each. A group of 128 whose largest magnitude is not finite gets a
+    // NaN scale; one of zeros gets zeros.
+    void (*quantize)(const float* values, std::int64_t stride, std::int64_t columns, const Tiles& tiles, std::int64_t first,
+                     std::int64_t last);
+
+    // `to`, tokens[i] of `from` being its token i.
+    void (*gather)(const Tiles& from, const std::int32_t* tokens, const Tiles& to);
+
+    // out[i * out_stride + r] = weight row r times token i, for the rows of blocks [first, last) of 16. Rows beyond the
+    // matrix's own are not written. `scratch`: linear_scratch bytes, aligned to 64.
+    void (*linear)(const Matrix& weight, std::int64_t first, std::int64_t last, const Activations& acts, float* out,
+                   std::int64_t out_stride, std::uint8_t* scratch);
+
+    // Row `row` of `weight` as float32.
+    void (*read_row)(const Matrix& weight, std::int64_t row, float* out);
 
     // out (count, columns) = x (count, rows) times rows (rows, columns) of bf16 or f32, added in rising order of rows.
     void (*linear_transposed)(const Matrix& weight, const float* x, std::int64_t x_stride, std::int64_t count, float* out,

@@ -35,7 +35,7 @@ struct Step {
     Timings& timings;
     Routes routes;
     std::int64_t num_threads;
-    Activations normed;    // of the current half of the layer
+    Rows normed{};         // of the current half of the layer
     bool selects = false;  // whether the last indexer left anything out
     std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
 
@@ -55,11 +55,11 @@ struct Step {
         });
     }
 
-    // out (count, rows) = weight times acts; `out_stride` apart.
+    // out (acts.count(), rows) = weight times acts; `out_stride` apart.
     void linear(const Matrix& weight, const Activations& acts, float* out, std::int64_t out_stride) const {
         const std::int64_t blocks = weight.blocks();
-        parallel(blocks, block_grain(blocks, num_threads, count()), [&](std::int64_t begin, std::int64_t end, int worker) {
-            multiply(weight, begin, end, acts, nullptr, count(), out, out_stride, worker);
+        parallel(blocks, block_grain(blocks, num_threads, acts.count()), [&](std::int64_t begin, std::int64_t end, int worker) {
+            multiply(weight, begin, end, acts, out, out_stride, worker);
         });
     }
 
@@ -87,7 +87,7 @@ std::int64_t index_page_bytes(const IndexerSpec& spec);
 
 // Which keys each token sees, into step.room.selected; false where every token sees all. `latent`: the normed query
 // latents. Keys of the indexer lie at `offset` of a page.
-bool select_keys(const LatentSpec& spec, const Activations& latent, std::int64_t offset, Step& step);
+bool select_keys(const LatentSpec& spec, const Rows& latent, std::int64_t offset, Step& step);
 
 // Words of `selected` a token: a bit a key, a word a page, for the longest text of the step.
 std::int64_t selected_words(const Step& step);

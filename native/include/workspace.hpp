@@ -43,21 +43,32 @@ private:
     std::int64_t count_ = 0;
 };
 
-// Rows of numbers with room for their codes.
+// Rows of numbers, `stride` apart, and what products take of them.
+struct Rows {
+    float* values = nullptr;
+    std::int64_t stride = 0, columns = 0;
+    Tiles tiles;
+
+    operator Activations() const { return {values, stride, columns, nullptr, tiles}; }
+    float* row(std::int64_t i) const { return values + i * stride; }
+};
+
+// Room for rows and their tiles.
 class QuantizedRows {
 public:
-    Activations reserve(std::int64_t rows, std::int64_t columns) {
-        const std::int64_t groups = (columns + kGroup - 1) / kGroup, stride = row_stride(columns);
-        return {values_.reserve(rows * stride), codes_.reserve(rows * groups * kGroup), scales_.reserve(rows * groups),
-                sums_.reserve(rows * groups * kSums), columns, stride};
+    Rows reserve(std::int64_t rows, std::int64_t columns) {
+        const std::int64_t groups = groups_of(columns), stride = row_stride(columns);
+        std::uint8_t* tiles = tiles_.reserve(rows * token_bytes(groups));
+        return {values_.reserve(rows * stride), stride, columns, make_tiles(tiles, rows, groups)};
     }
-    std::int64_t bytes() const { return values_.bytes() + codes_.bytes() + scales_.bytes() + sums_.bytes(); }
+    std::int64_t bytes() const { return values_.bytes() + tiles_.bytes(); }
+
+    // Tiles of `count` tokens as this machine's kernels like them.
+    static Tiles make_tiles(std::uint8_t* memory, std::int64_t count, std::int64_t groups);
 
 private:
     Room<float> values_;
-    Room<std::int8_t> codes_;
-    Room<float> scales_;
-    Room<std::int32_t> sums_;
+    Room<std::uint8_t> tiles_;
 };
 
 struct ExpertWorkspace {
@@ -68,22 +79,31 @@ struct ExpertWorkspace {
     std::int64_t bytes() const { return hidden.bytes() + outs.bytes() + static_cast<std::int64_t>((order.capacity() + tokens.capacity()) * 4); }
 };
 
-// Quantizes all rows, several a thread where there are many.
-void quantize_all(const Activations& acts, std::int64_t rows, std::int64_t num_threads);
+// Rows a thread takes at a time where each is small work.
+inline std::int64_t row_grain(std::int64_t rows) { return std::max<std::int64_t>(1, (rows + 7) / 8); }
+
+// Tiles [first, last) of `rows` from their values.
+void quantize_tiles(const Rows& rows, std::int64_t first, std::int64_t last);
+
+// All tiles, by all threads. `made` (row) makes a row's values first.
+template <class Make>
+void make_rows(const Rows& rows, std::int64_t num_threads, const Make& make) {
+    Pool::shared().run(num_threads, rows.tiles.tiles, row_grain(rows.tiles.tiles), [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t t = rows.tiles.begin(begin); t < rows.tiles.begin(end); ++t) make(t);
+        quantize_tiles(rows, begin, end);
+    });
+}
 
 // `linear` over blocks [begin, end) with the worker's own scratch, behind `extra` bytes of it (a multiple of 64).
-void multiply(const Matrix& weight, std::int64_t begin, std::int64_t end, const Activations& acts,
-              const std::int32_t* tokens, std::int64_t count, float* out, std::int64_t out_stride, int worker,
-              std::size_t extra = 0);
+void multiply(const Matrix& weight, std::int64_t begin, std::int64_t end, const Activations& acts, float* out,
+              std::int64_t out_stride, int worker, std::size_t extra = 0);
 
-// The first `extra` bytes of a worker's scratch, with room behind them for a product of `columns` and `tokens`.
+// A worker's scratch: `extra` bytes, and room behind them for a product of `columns` and `tokens`.
 std::uint8_t* worker_scratch(int worker, std::size_t extra, std::int64_t columns, std::int64_t tokens);
 
 // Blocks a thread takes at a time: enough parts that no thread waits long for the last, few enough that the tokens, which
 // each part lays out for itself, are not copied much oftener than needed; an even number, as blocks go in pairs.
 std::int64_t block_grain(std::int64_t blocks, std::int64_t num_threads, std::int64_t tokens);
 
-// Rows a thread takes at a time where each is small work.
-inline std::int64_t row_grain(std::int64_t rows) { return std::max<std::int64_t>(1, (rows + 7) / 8); }
 
 }  // namespace fewfire

@@ -20,8 +20,7 @@ GROUP, SUMS = 128, 13
 
 
 def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes (T, 128 G), float32 scales (T, G), int32 sums (T, 13 G): for each group of all 128
-    codes, of each 32, of each 16.
+    """int8 codes (T, 128 G), float32 scales (T, G), int32 sums (T, 13 G): of each 128 codes, each 32, each 16.
 
     Exactness: equal to `reference.quantize_activations` bit for bit.
     Raises: ConfigError unless `x_TK` is a float32 matrix.
@@ -32,8 +31,9 @@ def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     module = native()
     if module is None:
         codes_TGk, scales = reference.quantize_activations(x)
-        runs = [codes_TGk.int().unflatten(-1, (-1, run)).sum(dim=-1, dtype=torch.int32) for run in (128, 32, 16)]
-        return codes_TGk.flatten(1), scales, torch.cat(runs, dim=-1).flatten(1)
+        integers = codes_TGk.int()
+        sums = [integers.unflatten(-1, (-1, run)).sum(dim=-1, dtype=torch.int32).flatten(1) for run in (128, 32, 16)]
+        return codes_TGk.flatten(1), scales, torch.cat(sums, dim=1)
     codes = torch.empty((tokens, groups * GROUP), dtype=torch.int8)
     scales, sums_TS = torch.empty((tokens, groups)), torch.empty((tokens, groups * SUMS), dtype=torch.int32)
     module.quantize_rows(x.data_ptr(), tokens, columns, codes.data_ptr(), scales.data_ptr(), sums_TS.data_ptr())
@@ -58,14 +58,12 @@ def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int], *, 
     if module is None or name not in NATIVE_FORMATS:
         return reference.linear(x, weight, name, shape)
     out = torch.empty((x.shape[0], shape[0]))
-    codes, scales, sums = (None, None, None) if name in ("f32", "bf16") else quantize_activations(x)
     module.linear(
         NATIVE_FORMATS[name],
         weight.codes.contiguous().data_ptr(),
         weight.scales.contiguous().data_ptr(),
         *shape,
         x.data_ptr(),
-        *(0 if each is None else each.data_ptr() for each in (codes, scales, sums)),
         x.shape[0],
         out.data_ptr(),
         threads,
