@@ -1,4 +1,4 @@
-"""Every kind of layer that the engine runs: against the torch forward of the same weights, and the promises it keeps."""
+"""Every kind of layer that the engine runs: against the torch forward of the same weights, and what it promises."""
 
 import pytest
 import tiny_packs

@@ -211,8 +211,8 @@ def test_missing_files_are_refused(copy, name):
 
 
 def test_a_later_version_is_refused(copy):
-    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=2))
-    with pytest.raises(FormatError, match="is 2, this fewfire reads up to 1; update"):
+    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=3))
+    with pytest.raises(FormatError, match="is 3, this fewfire reads 2; update"):
         open_pack(copy)
 
 

@@ -66,14 +66,18 @@ def indexer(top_k: int = 9, **changes: Any) -> IndexerConfig:
 
 CLAMPED = FeedForwardConfig(24, "swiglu_clamped", True, bias=True, clamp=(1.7, 0.9))
 V3 = dict(score="sigmoid", select_bias=True, scale=2.5, renormalize_eps=1e-20)
-SINKS = dict(sinks=True, qkv_bias=True, out_bias=True)
+BIASED = dict(qkv_bias=True, out_bias=True)
+SINKS = dict(sinks=True, **BIASED)
+SELECTED = dict(score="softmax_selected", renormalize=False)
+ON_INPUT = dict(score="sigmoid_selected", weight_on="input", top_k=1, renormalize=False)
+TURNED = RopeConfig(1e4, 16, "interleaved")
 L2 = dict(qk_norm="l2", chunk=16)
 # What a real family has, in small; between them every branch of the engine.
 MODELS: dict[str, ModelConfig] = {
     "llama": model((attention(num_kv_heads=1), swiglu()), (attention(), swiglu(33)), tied_head=True),
     "olmoe": model((attention(num_kv_heads=4, qk_norm="full", clip_qkv=0.6), moe(renormalize=False))),
     "qwen3_moe": model((attention(qk_norm="head", num_heads=16), moe()), (attention(qk_norm="head"), swiglu())),
-    "mixtral": model((attention(window=7), moe(swiglu(20), score="softmax_selected", renormalize=False))),
+    "mixtral": model((attention(window=7), moe(swiglu(20), **SELECTED))),
     "qwen2_moe": model((attention(qkv_bias=True), moe(shared=24, gate=True, renormalize=False))),
     "glm4_moe": model((attention(rope=RopeConfig(1e4, 8)), swiglu()), (attention(), moe(shared=24, **V3))),
     "deepseek_v2_lite": model((latent(q_rank=None), swiglu()), (latent(q_rank=None), moe(shared=24, scale=0.5))),
@@ -84,12 +88,12 @@ MODELS: dict[str, ModelConfig] = {
         (latent(indexer=indexer(pairing="interleaved")), swiglu()), (latent(indexer=indexer(shared=True)), moe(**V3))
     ),
     "gpt_oss": model(
-        (attention(window=7, **SINKS), moe(CLAMPED, score="softmax_selected", renormalize=False, bias=True)),
-        (attention(**SINKS), moe(CLAMPED, score="softmax_selected", renormalize=False, bias=True)),
+        (attention(window=7, **SINKS), moe(CLAMPED, bias=True, **SELECTED)),
+        (attention(**SINKS), moe(CLAMPED, bias=True, **SELECTED)),
     ),
     "dbrx": model((attention(clip_qkv=0.5), moe(top_k=3)), norm=NormConfig("layer", 1e-5)),
     "gpt2": model(
-        (attention(rope=None, num_kv_heads=4, qkv_bias=True, out_bias=True), swiglu(gated=False, activation="gelu_tanh", bias=True)),
+        (attention(rope=None, num_kv_heads=4, **BIASED), swiglu(gated=False, activation="gelu_tanh", bias=True)),
         norm=NormConfig("layer", 1e-5, bias=True), learned_positions=CONTEXT, tied_head=True,
     ),
     "grok": model(
@@ -97,15 +101,18 @@ MODELS: dict[str, ModelConfig] = {
         sandwich=True, embed_scale=3.0, logit_scale=0.5,
     ),
     "phimoe": model(
-        (attention(qkv_bias=True, out_bias=True), moe(score="sparsemixer", jitter=0.01, renormalize=False)),
+        (attention(**BIASED), moe(score="sparsemixer", jitter=0.01, renormalize=False)),
         norm=NormConfig("layer", 1e-5, bias=True), head_bias=True,
     ),
-    "granite": model((attention(), moe(score="softmax_selected", renormalize=False)), residual_scale=0.2, logit_scale=0.3),
+    "granite": model((attention(), moe(**SELECTED)), residual_scale=0.2, logit_scale=0.3),
     "llama4": model(
-        (attention(rope=RopeConfig(1e4, 16, "interleaved"), **L2), moe(score="sigmoid_selected", weight_on="input", top_k=1, renormalize=False, shared=24)),
+        (attention(rope=TURNED, **L2), moe(shared=24, **ON_INPUT)),
         (attention(rope=None, temperature=(0.1, 8.0)), swiglu()),
     ),
-    "gated": model((attention(output_gate=True, qk_norm="head", rope=RopeConfig(1e4, 8)), moe()), norm=NormConfig("rms", 1e-6, offset=True)),
+    "gated": model(
+        (attention(output_gate=True, qk_norm="head", rope=RopeConfig(1e4, 8)), moe()),
+        norm=NormConfig("rms", 1e-6, offset=True),
+    ),
     "relu": model((attention(), moe(swiglu(activation="relu", gated=False, width=17)))),
 }  # fmt: skip
 

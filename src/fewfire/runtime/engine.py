@@ -164,7 +164,7 @@ class NativeDecoder(nn.Module):
         observe: Observer | None = None,
         replay: Replay | None = None,
     ) -> Tensor:
-        """One step over new tokens of several texts, each as many as it has: (N, D) after the final norm, in their order.
+        """One step over new tokens of several texts, each as many as it has: (N, D) after the final norm, in order.
 
         Raises: ConfigError where a text would exceed the model's context.
         """
@@ -177,7 +177,9 @@ class NativeDecoder(nn.Module):
         hidden_ND = torch.empty((count, self.config.model_dim))
         if not count:
             return hidden_ND
-        positions_N = torch.cat([torch.arange(each.length, each.length + len(new)) for each, new in zip(sequences, ids)])
+        positions_N = torch.cat(
+            [torch.arange(each.length, each.length + len(new)) for each, new in zip(sequences, ids)]
+        )
         starts_N = starts.repeat_interleave(torch.tensor([len(new) for new in ids]))
         routes = self._route_buffers(count) if observe is not None and self._moes else []
         replayed = [] if replay is None else [replay.ids_LNK, replay.weights_LNK]

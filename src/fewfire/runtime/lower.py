@@ -18,7 +18,6 @@ from fewfire.config import (
     IndexerConfig,
     LatentAttentionConfig,
     LayerConfig,
-    ModelConfig,
     MoEConfig,
     NormConfig,
     RopeConfig,
@@ -83,7 +82,7 @@ def _why_not_layer(layer: LayerConfig) -> str | None:
 
 
 class Lowered:
-    """The specification of a pack's model. It holds addresses into `trunk` and into tensors made here: keep it alive."""
+    """The specification of a pack's model, with addresses into `trunk` and into tensors made here: keep it alive."""
 
     def __init__(self, pack: Pack, trunk: Trunk, cache: str = "bf16"):
         self.config, self.trunk = pack.config, trunk
@@ -124,7 +123,7 @@ class Lowered:
 
     def _layer(self, prefix: str, layer: LayerConfig) -> dict[str, Any]:
         mixer, ffn, post = layer.mixer, layer.ffn, self.config.sandwich
-        latent, moe = isinstance(mixer, LatentAttentionConfig), isinstance(ffn, MoEConfig)
+        latent = isinstance(mixer, LatentAttentionConfig)
         return {
             "attention_norm": self._norm(f"{prefix}attention_norm"),
             "ffn_norm": self._norm(f"{prefix}ffn_norm"),
@@ -132,8 +131,8 @@ class Lowered:
             "ffn_post_norm": self._norm(f"{prefix}ffn_post_norm") if post else None,
             "attention": None if latent else self._attention(f"{prefix}attention.", mixer),
             "latent": self._latent(f"{prefix}attention.", mixer) if latent else None,
-            "moe": self._moe(f"{prefix}ffn.", ffn) if moe else None,
-            "dense": None if moe else self._feed_forward(f"{prefix}ffn.", ffn),
+            "moe": self._moe(f"{prefix}ffn.", ffn) if isinstance(ffn, MoEConfig) else None,
+            "dense": self._feed_forward(f"{prefix}ffn.", ffn) if isinstance(ffn, FeedForwardConfig) else None,
         }
 
     # ------------------------------------------------------------------------------------------------- attention
@@ -216,8 +215,7 @@ class Lowered:
 
     # ---------------------------------------------------------------------------------------------- feed-forward
 
-    def _feed_forward(self, prefix: str, config: Any) -> dict[str, Any]:
-        assert isinstance(config, FeedForwardConfig)
+    def _feed_forward(self, prefix: str, config: FeedForwardConfig) -> dict[str, Any]:
         alpha, limit = config.clamp or (0.0, 0.0)
         return {
             "gate": self.trunk.matrix(f"{prefix}gate.weight") if config.gated else None,
@@ -289,7 +287,13 @@ def expert_layout(layer: ExpertLayer, config: FeedForwardConfig) -> dict[str, An
         if name not in placed:
             return None
         rows, columns = placed[name].shape
-        return NATIVE_FORMATS[placed[name].format], offsets[name, "codes"], offsets.get((name, "scales"), 0), rows, columns
+        return (
+            NATIVE_FORMATS[placed[name].format],
+            offsets[name, "codes"],
+            offsets.get((name, "scales"), 0),
+            rows,
+            columns,
+        )
 
     def vector(name: str) -> tuple[int, int, int] | None:
         if name not in placed:

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 
 
 def huge_memory(num_bytes: int) -> Tensor:
-    """uint8 memory of its own, page-aligned, zeros without cost until written; in huge pages where the system does so."""
+    """uint8 memory of its own, page-aligned, without cost until written; in huge pages where the system has them."""
     memory = mmap.mmap(-1, max(num_bytes, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
@@ -69,7 +69,9 @@ def _read_piece(file: int, path: Path, piece: Piece) -> int:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); check the disk") from error
     where = piece.offset + done
     if done < piece.values.numel():
-        raise FormatError("the file ends here; copy or make the pack again", path=str(path), record=piece.record, offset=where)
+        raise FormatError(
+            "the file ends here; copy or make the pack again", path=str(path), record=piece.record, offset=where
+        )
     if checksum != piece.checksum:
         raise FormatError(DAMAGED, path=str(path), record=piece.record, offset=piece.offset)
     return done
@@ -88,7 +90,8 @@ class Trunk:
         self._stored = {name: self.memory[start : start + sizes[name]] for name, start in offsets.items()}
         headers = pack.trunk_headers
         pieces = [
-            Piece(headers[name].offset, values, pack.trunk_checksum(name), name) for name, values in self._stored.items()
+            Piece(headers[name].offset, values, pack.trunk_checksum(name), name)
+            for name, values in self._stored.items()
         ]
         read_pieces(pack.folder / TRUNK, pieces, report)
 
