@@ -415,6 +415,14 @@ void head(fewfire::Engine& engine, std::uintptr_t hidden, std::int64_t count, st
     engine.head(pointer<float>(hidden), count, pointer<float>(logits), num_threads);
 }
 
+// `lows`: the layouts of the copies in low precision, or nothing.
+void set_lossy(fewfire::Engine& engine, float prefer_cached, float top_p, const std::vector<nb::dict>& lows) {
+    std::vector<fewfire::ExpertLayout> layouts;
+    for (const nb::dict& low : lows) layouts.push_back(layout_of(Fields(low)));
+    const fewfire::LossyModes modes{prefer_cached, top_p, !layouts.empty()};
+    engine.set_lossy(modes, std::move(layouts));
+}
+
 // ------------------------------------------------------------------------------------------------------ the store
 
 fewfire::StoreSettings settings_of(const Fields& from) {
@@ -438,11 +446,12 @@ std::vector<Counts> layer_counts(const std::vector<fewfire::LayerCounts>& layers
     return made;
 }
 
-// (of each layer, bytes read, evictions, late prefetches, stall seconds, whether it looks ahead, slots that were used).
+// (of each layer, bytes read, evictions, late prefetches, stall seconds, whether it looks ahead, experts that ran from
+// their low-precision copies, slots that were used).
 auto source_counts(fewfire::ExpertSource& source) {
     const fewfire::SourceCounts made = source.counts();
     return std::tuple{layer_counts(made.layers), made.bytes_read, made.evictions, made.late, made.stall_s, made.looks_ahead,
-                      made.slots_used};
+                      made.substituted, made.slots_used};
 }
 
 // Events are (layer, first, count, in order, reads ahead); returns (of each layer, evictions).
@@ -525,6 +534,7 @@ NB_MODULE(_native, m) {
             },
             "layers"_a, "checksums"_a, "settings"_a, "owner"_a, nb::keep_alive<1, 5>())
         .def("set_capacity", &fewfire::ExpertStore::set_capacity, unlocked)
+        .def("set_low", &fewfire::ExpertStore::set_low, "low"_a.none(), nb::keep_alive<1, 2>())
         .def("seed", &fewfire::ExpertStore::seed, unlocked)
         .def("residents", &fewfire::ExpertStore::residents);
     m.def("simulate", &simulate, unlocked);
@@ -554,6 +564,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("page_bytes", &fewfire::Engine::page_bytes)
         .def_prop_ro("workspace_bytes", &fewfire::Engine::workspace_bytes)
         .def("take_timings", [](fewfire::Engine& engine) { return engine.take_timings().seconds; })
+        .def("set_lossy", &set_lossy)
+        .def("set_exact", &fewfire::Engine::set_exact)
         .def("step", &step, unlocked)
         .def("head", &head, unlocked);
 }

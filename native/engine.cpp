@@ -50,19 +50,30 @@ void look_ahead(const LayerSpec& next, int number, ExpertSource& source, Step& s
     std::vector<std::int32_t> chosen(static_cast<std::size_t>(count * k));
     std::vector<float> weights(static_cast<std::size_t>(count * k));
     choose(next.moe.router, rows, step.room.guess_logits.reserve(count * next.moe.router.num_experts), chosen.data(),
-           weights.data(), step);
+           weights.data(), step, {.top_p = step.lossy.top_p});
+    std::erase_if(chosen, [](std::int32_t expert) { return expert < 0; });
     std::sort(chosen.begin(), chosen.end());
     chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
     source.prefetch(number, chosen.data(), static_cast<int>(chosen.size()));
 }
 
+RouterModes router_modes(const RouterSpec& router, int layer, const ExpertSource& source, Step& step) {
+    RouterModes modes{.top_p = step.lossy.top_p};
+    if (step.lossy.prefer_cached <= 0) return modes;
+    std::uint8_t* cached = step.room.cached.reserve(router.num_experts);
+    if (!source.find_cached(layer, cached)) return modes;
+    modes.cached = cached, modes.prefer_cached = step.lossy.prefer_cached, modes.range = step.ranges + layer;
+    return modes;
+}
+
 void run_moe(const LayerSpec& layer_spec, const LayerSpec* next, int layer, ExpertSource& source, Step& step) {
     const MoeSpec& spec = layer_spec.moe;
-    route(spec.router, step);
+    route(spec.router, step, router_modes(spec.router, layer, source, step));
     step.mark(Phase::kRoute);
     const Assignment assignment{step.room.chosen.data(), step.room.weights.data(), step.count(), spec.router.top_k,
                                 spec.router.is_input_weighted};
-    ExpertRun run(spec.experts, step.normed, assignment, step.room.experts, step.num_threads);
+    const ExpertLayout* low = step.lossy.substitutes ? step.lows + layer : nullptr;
+    ExpertRun run(spec.experts, step.normed, assignment, step.room.experts, step.num_threads, low);
     run.want(layer, source);
     if (next != nullptr && source.lookahead() > 0 && step.count() <= kLookaheadTokens) {
         look_ahead(*next, layer + 1, source, step);
@@ -127,7 +138,7 @@ Engine::~Engine() = default;
 
 void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std::int64_t num_threads) {
     const auto start = std::chrono::steady_clock::now();
-    Step step{tokens, spec_, *room_, timings_, routes, num_threads};
+    Step step{tokens, spec_, *room_, timings_, routes, num_threads, modes_of(tokens), ranges_.data(), lows_.data()};
     int moe = 0;
     embed(step);
     for (std::size_t number = 0; number < spec_.layers.size(); ++number) {
@@ -156,6 +167,25 @@ void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std
     if (experts_ != nullptr) {
         experts_->end_step(tokens.count, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
+}
+
+void Engine::set_lossy(const LossyModes& modes, std::vector<ExpertLayout> lows) {
+    lossy_ = modes;
+    is_exact_ = false;
+    lows_ = std::move(lows);
+    ranges_.assign(spec_.layers.size(), {});
+}
+
+// What applies to a step: beyond top-p, only where each text goes on by one token.
+LossyModes Engine::modes_of(const Tokens& tokens) const {
+    if (is_exact_) return {};
+    LossyModes modes = lossy_;
+    for (std::int64_t t = 1; t < tokens.count; ++t) {
+        if (tokens.page_starts[t] != tokens.page_starts[t - 1]) continue;
+        modes.prefer_cached = 0, modes.substitutes = false;
+        break;
+    }
+    return modes;
 }
 
 const LayerSpec* Engine::next_moe(std::size_t number) const {

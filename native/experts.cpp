@@ -36,25 +36,26 @@ const float* read_vector(const RecordVector& vector, const std::uint8_t* record,
 
 // Some tokens of one expert: slots [first, first + count) of the sorted assignment.
 struct ExpertRun::Segment {
+    const ExpertLayout* layout;
     const std::uint8_t* record;
     std::int64_t first, count;
 };
 
 struct ExpertRun::Given {
     const std::int32_t* experts;
-    const std::uint8_t* const* records;
+    const Record* records;
     std::size_t count;
 };
 
 ExpertRun::ExpertRun(const ExpertLayout& layout, const Activations& acts, const Assignment& assignment,
-                     ExpertWorkspace& room, std::int64_t num_threads)
-    : layout_(layout), acts_(acts), to_(assignment), room_(room), threads_(num_threads) {
+                     ExpertWorkspace& room, std::int64_t num_threads, const ExpertLayout* low)
+    : layout_(layout), low_(low), acts_(acts), to_(assignment), room_(room), threads_(num_threads) {
     sort_slots();
 }
 
 Demand ExpertRun::demand() const {
     const std::int64_t slots = room_.starts.back();
-    return {slots > kLooseSlots, slots >= kDenseSlots * layout_.num_experts};
+    return {slots > kLooseSlots, slots >= kDenseSlots * layout_.num_experts, low_ != nullptr && slots <= kLooseSlots};
 }
 
 void ExpertRun::want(int layer, ExpertSource& source) {
@@ -69,7 +70,7 @@ void ExpertRun::finish(ExpertSource& source, float* sums, std::int64_t stride) {
     const int wanted = static_cast<int>(room_.busy.size());
     const bool in_order = demand().in_order;
     std::vector<std::int32_t> experts(static_cast<std::size_t>(wanted));
-    std::vector<const std::uint8_t*> records(static_cast<std::size_t>(wanted));
+    std::vector<Record> records(static_cast<std::size_t>(wanted));
     bool kept = false;
     for (int taken = 0; taken < wanted;) {
         const int some = source.take(wanted - taken, experts.data(), records.data());
@@ -124,7 +125,7 @@ void ExpertRun::add_in_order(const Given& given) {
     for (std::size_t i = 0; i < given.count; ++i) {
         for (std::int64_t first = start(given.experts[i]), last = start(given.experts[i] + 1); first < last;) {
             const std::int64_t some = std::min(last - first, kBatchSlots - rows);
-            segments.push_back({given.records[i], first, some});
+            segments.push_back({layout_of(given.records[i]), given.records[i].bytes, first, some});
             first += some;
             rows += some;
             if (rows == kBatchSlots) flush();
@@ -138,14 +139,14 @@ void ExpertRun::keep_outputs(const Given& given) {
     std::vector<Segment> segments;
     for (std::size_t i = 0; i < given.count; ++i) {
         const std::int64_t first = start(given.experts[i]);
-        segments.push_back({given.records[i], first, start(given.experts[i] + 1) - first});
+        segments.push_back({layout_of(given.records[i]), given.records[i].bytes, first, start(given.experts[i] + 1) - first});
     }
     make_hidden(segments, 0);
     const std::int64_t blocks = (width() + kRows - 1) / kRows, out_stride = row_stride(width());
     float* outs = room_.outs.reserve(room_.starts.back() * out_stride);
     Pool::shared().run(threads_, blocks, block_grain(blocks, threads_, 1), [&](std::int64_t begin, std::int64_t end, int worker) {
         for (const Segment& segment : segments) {
-            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden_rows(segment, 0),
+            multiply(ExpertLayout::matrix(segment.layout->down, segment.record), begin, end, hidden_rows(segment, 0),
                      outs + segment.first * out_stride, out_stride, worker);
         }
     });
@@ -156,7 +157,7 @@ void ExpertRun::keep_outputs(const Given& given) {
 void ExpertRun::add_biases(const std::vector<Segment>& segments, float* outs, std::int64_t out_stride) {
     std::vector<float> bias(static_cast<std::size_t>(width()));
     for (const Segment& segment : segments) {
-        read_vector(layout_.down_bias, segment.record, 0, width(), bias.data());
+        read_vector(segment.layout->down_bias, segment.record, 0, width(), bias.data());
         for (std::int64_t slot = segment.first; slot < segment.first + segment.count; ++slot) {
             float* out = outs + slot * out_stride;
             for (std::int64_t i = 0; i < width(); ++i) out[i] += bias[static_cast<std::size_t>(i)];
@@ -212,14 +213,14 @@ void ExpertRun::hidden_piece(const Segment& segment, const Rows& hidden, std::in
     Activations tokens = acts_;
     tokens.rows = room_.tokens.data() + segment.first;
     tokens.tiles = QuantizedRows::make_tiles(scratch + floats, segment.count, groups);
-    const Matrix gate = ExpertLayout::matrix(layout_.gate, segment.record);
-    const Matrix up = ExpertLayout::matrix(layout_.up, segment.record);
+    const Matrix gate = ExpertLayout::matrix(segment.layout->gate, segment.record);
+    const Matrix up = ExpertLayout::matrix(segment.layout->up, segment.record);
     if (!up.is_plain() || (gate && !gate.is_plain())) table().quantized.gather(acts_.tiles, tokens.rows, tokens.tiles);
     multiply(up, begin, end, tokens, hidden.values, hidden.stride, worker, extra);
     if (gate) multiply(gate, begin, end, tokens, gates - first, stride, worker, extra);
     Gating gating{layout_.activation, layout_.alpha, layout_.limit};
-    gating.gate_bias = read_vector(layout_.gate_bias, segment.record, first, rows, gates + segment.count * stride);
-    gating.up_bias = read_vector(layout_.up_bias, segment.record, first, rows, gates + (segment.count + 1) * stride);
+    gating.gate_bias = read_vector(segment.layout->gate_bias, segment.record, first, rows, gates + segment.count * stride);
+    gating.up_bias = read_vector(segment.layout->up_bias, segment.record, first, rows, gates + (segment.count + 1) * stride);
     for (std::int64_t t = 0; t < segment.count; ++t) {
         if (to_.is_input_weighted) gating.weight = slot_weight(segment.first + t);
         float* made = hidden.row(t) + first;
@@ -236,9 +237,9 @@ void ExpertRun::add_outputs(const std::vector<Segment>& segments, std::int64_t b
         for (const Segment& segment : segments) {
             const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4);
             auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, layout_.up.rows, segment.count));
-            multiply(ExpertLayout::matrix(layout_.down, segment.record), begin, end, hidden_rows(segment, base), out - first,
+            multiply(ExpertLayout::matrix(segment.layout->down, segment.record), begin, end, hidden_rows(segment, base), out - first,
                      stride, worker, extra);
-            const float* bias = read_vector(layout_.down_bias, segment.record, first, rows, out + segment.count * stride);
+            const float* bias = read_vector(segment.layout->down_bias, segment.record, first, rows, out + segment.count * stride);
             for (std::int64_t t = 0; t < segment.count; ++t) {
                 const std::int64_t slot = segment.first + t;
                 float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;
@@ -268,11 +269,11 @@ void ResidentExperts::want(int layer, const std::int32_t* experts, int count, co
     verify(layer, experts, count);
 }
 
-int ResidentExperts::take(int most, std::int32_t* experts, const std::uint8_t** records) {
+int ResidentExperts::take(int most, std::int32_t* experts, Record* records) {
     int count = 0;
     for (; count < most && taken_ < wanted_.size(); ++count, ++taken_) {
         experts[count] = wanted_[taken_];
-        records[count] = record(layer_, experts[count]);
+        records[count] = {record(layer_, experts[count]), false};
     }
     return count;
 }

@@ -22,7 +22,8 @@ Residency::Residency(std::vector<std::int64_t> first_ids, std::int64_t capacity,
     counts_.resize(first_ids_.size() - 1);
 }
 
-void Residency::want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead) {
+void Residency::want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead,
+                     const std::int64_t* most_fills) {
     in_order_ = in_order || count > capacity_;
     reads_ahead_ = reads_ahead && in_order_;
     end_prefetches(layer, experts, count);
@@ -50,6 +51,11 @@ void Residency::want(int layer, const std::int32_t* experts, int count, bool in_
             ++counts.hits;
             policy_->hit(id);
         }
+    }
+    if (most_fills != nullptr) {
+        if (static_cast<std::int64_t>(missing.size()) > *most_fills) missing.resize(static_cast<std::size_t>(*most_fills));
+        for (const std::int64_t id : missing) assign(id, false);
+        return;
     }
     for (const std::int64_t id : missing) {
         if (!waiting_.empty() || !assign(id, false)) waiting_.push_back(id);

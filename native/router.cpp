@@ -72,7 +72,52 @@ void sparsemixer(const RouterSpec& spec, const float* logits, Choice& room, std:
     (void)room;
 }
 
-void route_token(const RouterSpec& spec, const float* logits, Choice& room, std::int32_t* chosen, float* weights) {
+// Experts in memory gain a share of the values' mean range; the token's best expert stays. The values are those by which
+// the router selects, and logits where their order is the same. Ids come in the order of falling values, as ever.
+void prefer_cached(const RouterSpec& spec, const float* logits, const RouterModes& modes, Choice& room) {
+    const auto experts = static_cast<std::size_t>(spec.num_experts);
+    const bool by_logits = spec.num_groups == 0 && spec.select_bias == nullptr;
+    const float masked = spec.groups_by_max ? 0.0f : kMinusInfinity;
+    std::vector<float> values(experts, kMinusInfinity);
+    float low = -kMinusInfinity, high = kMinusInfinity;
+    std::size_t best = 0;
+    for (std::size_t e = 0; e < experts; ++e) {
+        if (spec.num_groups > 0 && room.choice[e] == masked) continue;
+        values[e] = by_logits ? logits[e] : room.choice[e];
+        low = std::min(low, values[e]);
+        if (values[e] > high) high = values[e], best = e;
+    }
+    const float bonus = modes.prefer_cached * modes.range->add(high - low);
+    for (std::size_t e = 0; e < experts; ++e) room.choice[e] = modes.cached[e] != 0 ? values[e] + bonus : values[e];
+    room.choice[best] = -kMinusInfinity;
+    table().top_k_rows(room.choice.data(), 1, spec.num_experts, spec.top_k, room.ids.data(), room.values.data());
+    std::sort(room.ids.begin(), room.ids.begin() + spec.top_k, [&](std::int64_t a, std::int64_t b) {
+        const float at_a = values[static_cast<std::size_t>(a)], at_b = values[static_cast<std::size_t>(b)];
+        return at_a != at_b ? at_a > at_b : a < b;
+    });
+}
+
+// The smallest set of a token's experts, by weight, that reaches share `top_p` of their sum stays; of the others ~id is
+// left, which is nobody. Where weights are made to sum to one, those that stay are scaled to the sum of all.
+void keep_top_p(const RouterSpec& spec, float top_p, std::int32_t* chosen, float* weights) {
+    const auto top_k = static_cast<std::size_t>(spec.top_k);
+    std::vector<std::size_t> order(top_k);
+    float total = 0, kept = 0;
+    for (std::size_t k = 0; k < top_k; ++k) order[k] = k, total += weights[k];
+    std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return weights[a] > weights[b]; });
+    std::size_t count = 0;
+    while (count < top_k && (count == 0 || kept < top_p * total)) kept += weights[order[count++]];
+    if (count == top_k) return;
+    const bool rescales = (spec.renormalize || spec.score == RouterScore::kSoftmaxSelected) && kept > 0;
+    for (std::size_t i = 0; rescales && i < count; ++i) weights[order[i]] *= total / kept;
+    for (std::size_t i = count; i < top_k; ++i) {
+        chosen[order[i]] = ~chosen[order[i]];
+        weights[order[i]] = 0;
+    }
+}
+
+void route_token(const RouterSpec& spec, const float* logits, const RouterModes& modes, Choice& room, std::int32_t* chosen,
+                 float* weights) {
     if (spec.score == RouterScore::kSparsemixer) return sparsemixer(spec, logits, room, chosen, weights);
     const auto experts = static_cast<std::size_t>(spec.num_experts);
     const bool selected = spec.score == RouterScore::kSoftmaxSelected || spec.score == RouterScore::kSigmoidSelected;
@@ -83,7 +128,11 @@ void route_token(const RouterSpec& spec, const float* logits, Choice& room, std:
     std::copy(room.scores.begin(), room.scores.begin() + static_cast<std::ptrdiff_t>(experts), room.choice.begin());
     for (std::size_t e = 0; spec.select_bias != nullptr && e < experts; ++e) room.choice[e] += spec.select_bias[e];
     if (spec.num_groups > 0) keep_best_groups(spec, room);
-    table().top_k_rows(room.choice.data(), 1, spec.num_experts, spec.top_k, room.ids.data(), room.values.data());
+    if (modes.cached != nullptr) {
+        prefer_cached(spec, logits, modes, room);
+    } else {
+        table().top_k_rows(room.choice.data(), 1, spec.num_experts, spec.top_k, room.ids.data(), room.values.data());
+    }
     const auto top_k = static_cast<std::size_t>(spec.top_k);
     for (std::size_t k = 0; k < top_k; ++k) room.values[k] = room.scores[static_cast<std::size_t>(room.ids[k])];
     if (selected) score(room.values.data(), spec.top_k);
@@ -111,16 +160,23 @@ void replay(const Element*& from, Element* to, std::int64_t count) {
 
 }  // namespace
 
-void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step) {
+void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step,
+            const RouterModes& modes) {
     const std::int64_t count = step.count(), k = spec.top_k, experts = spec.num_experts;
     const auto route_tokens = [&](std::int64_t begin, std::int64_t end) {
         Choice room(spec);
         for (std::int64_t t = begin; t < end; ++t) {
             float* row = logits + t * experts;
             for (std::int64_t e = 0; spec.bias != nullptr && e < experts; ++e) row[e] += spec.bias[e];
-            route_token(spec, row, room, chosen + t * k, weights + t * k);
+            route_token(spec, row, modes, room, chosen + t * k, weights + t * k);
+            if (modes.top_p < 1) keep_top_p(spec, modes.top_p, chosen + t * k, weights + t * k);
         }
     };
+    if (modes.cached != nullptr) {  // one token after the other: each adds to the mean range
+        step.linear(spec.weight, rows, logits, experts);
+        route_tokens(0, count);
+        return;
+    }
     if (!spec.weight.is_plain() || count == 1) {
         step.linear(spec.weight, rows, logits, experts);
         step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int) { route_tokens(begin, end); });
@@ -135,12 +191,12 @@ void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_
     });
 }
 
-void route(const RouterSpec& spec, Step& step) {
+void route(const RouterSpec& spec, Step& step, const RouterModes& modes) {
     const std::int64_t count = step.count(), k = spec.top_k, experts = spec.num_experts;
     float* logits = step.room.logits.reserve(count * experts);
     std::int32_t* chosen = step.room.chosen.reserve(count * k);
     float* weights = step.room.weights.reserve(count * k);
-    choose(spec, step.normed, logits, chosen, weights, step);
+    choose(spec, step.normed, logits, chosen, weights, step, modes);
     replay(step.routes.replay_ids, chosen, count * k);
     replay(step.routes.replay_weights, weights, count * k);
     record(step.routes.ids, chosen, count * k);

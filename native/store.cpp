@@ -23,6 +23,10 @@ constexpr int kTrials = 4;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+std::int64_t misses_of(const Residency& residency, int layer) {
+    return residency.counts()[static_cast<std::size_t>(layer)].misses;
+}
+
 std::vector<std::int64_t> first_ids_of(const std::vector<RecordLayer>& layers) {
     std::vector<std::int64_t> ids{0};
     for (const RecordLayer& layer : layers) ids.push_back(ids.back() + layer.num_experts);
@@ -40,6 +44,7 @@ ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint3
       stamp_(stamp_of(settings.file)),
       readings_(static_cast<std::size_t>(first_ids_.back())),
       uses_(static_cast<std::size_t>(first_ids_.back())),
+      unready_(layers_.size()),
       looks_ahead_(settings.looks_ahead) {
     for (int i = 0; i < std::max(1, settings_.num_readers); ++i) readers_.emplace_back([this] { read_forever(); });
 }
@@ -60,7 +65,14 @@ void ExpertStore::want(int layer, const std::int32_t* experts, int count, const 
     layer_ = layer;
     open_.assign(experts, experts + count);
     out_.clear();
-    residency_.want(layer, experts, count, demand.in_order, demand.reads_ahead);
+    substitutes_ = low_ != nullptr && demand.substitutes && count <= residency_.capacity();
+    if (substitutes_) {
+        const std::int64_t most_fills = spare_reads(), before = misses_of(residency_, layer);
+        residency_.want(layer, experts, count, demand.in_order, demand.reads_ahead, &most_fills);
+        missed_ = misses_of(residency_, layer) - before;
+    } else {
+        residency_.want(layer, experts, count, demand.in_order, demand.reads_ahead);
+    }
     {
         const std::lock_guard<std::mutex> lock(guard_);
         for (int i = 0; i < count; ++i) {
@@ -76,13 +88,14 @@ void ExpertStore::want(int layer, const std::int32_t* experts, int count, const 
     start_fills();
 }
 
-int ExpertStore::take(int most, std::int32_t* experts, const std::uint8_t** records) {
+int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
     if (open_.empty()) return 0;
     const Clock::time_point start = Clock::now();
     bool waits = false;
     std::unique_lock<std::mutex> lock(guard_);
     for (;;) {
         int count = 0;
+        std::int64_t substituted = 0;
         std::vector<std::int32_t> left;
         for (const std::int32_t expert : open_) {
             const std::int64_t id = first_ids_[static_cast<std::size_t>(layer_)] + expert;
@@ -90,17 +103,20 @@ int ExpertStore::take(int most, std::int32_t* experts, const std::uint8_t** reco
             const State state = readings_[static_cast<std::size_t>(id)].state;
             if (has_slot && state == State::kFailed) fail(id);
             const bool blocked = residency_.is_in_order() && !left.empty();
-            if (!has_slot || state != State::kReady || count == most || blocked) {
+            const bool is_ready = has_slot && state == State::kReady;
+            if ((!is_ready && !substitutes_) || count == most || blocked) {
                 left.push_back(expert);
                 continue;
             }
             experts[count] = expert;
-            records[count] = record(residency_.slot_of(expert));
+            records[count] = is_ready ? Record{record(residency_.slot_of(expert)), false} : Record{low_->record(layer_, expert), true};
+            substituted += is_ready ? 0 : 1;
             ++count;
         }
         if (count > 0) {
             open_ = std::move(left);
             out_.insert(out_.end(), experts, experts + count);
+            if (substituted > 0) count_substituted(substituted);
             if (waits) {
                 const double seconds = seconds_since(start);
                 waited_s_ += seconds;
@@ -111,6 +127,28 @@ int ExpertStore::take(int most, std::int32_t* experts, const std::uint8_t** reco
         waits = true;
         done_.wait(lock);
     }
+}
+
+// With copies nothing waits, so that reads could pile up, and records leave before they have come: as many are on their
+// way as keep the readers busy.
+std::int64_t ExpertStore::spare_reads() {
+    const std::lock_guard<std::mutex> lock(guard_);
+    std::erase_if(wanted_, [&](const Job& job) { return is_stale(job); });
+    const std::int64_t parts = (settings_.slot_bytes + kJobBytes - 1) / kJobBytes;
+    const std::int64_t pending = (static_cast<std::int64_t>(wanted_.size()) + running_) / parts;
+    return std::max<std::int64_t>(0, 2 * static_cast<std::int64_t>(readers_.size()) - pending);
+}
+
+void ExpertStore::count_substituted(std::int64_t count) {
+    substituted_ += count;
+    unready_[static_cast<std::size_t>(layer_)] += std::max<std::int64_t>(0, count - missed_);
+}
+
+bool ExpertStore::find_cached(int layer, std::uint8_t* cached) const {
+    const std::int64_t first = first_ids_[static_cast<std::size_t>(layer)];
+    const std::int64_t count = layers_[static_cast<std::size_t>(layer)].num_experts;
+    for (std::int64_t expert = 0; expert < count; ++expert) cached[expert] = residency_.has(first + expert) ? 1 : 0;
+    return true;
 }
 
 void ExpertStore::give_back(const std::int32_t* experts, int count) {
@@ -276,6 +314,7 @@ void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
         lock.unlock();
         checksum = table().crc32c(0, record(job.slot), of.record_bytes);
         lock.lock();
+        if (is_stale(job)) return;
     }
     reading.verified = checksum == checksums_[static_cast<std::size_t>(job.id)];
     reading.state = reading.verified ? State::kReady : State::kFailed;
@@ -309,7 +348,12 @@ std::int64_t ExpertStore::seed(const std::vector<std::pair<int, std::int32_t>>& 
 
 SourceCounts ExpertStore::counts() {
     const std::lock_guard<std::mutex> lock(guard_);
-    return {residency_.counts(), bytes_read_, residency_.evictions(), late_, stall_s_, looks_ahead_, residency_.slots_used()};
+    std::vector<LayerCounts> layers = residency_.counts();
+    for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+        layers[layer].hits -= unready_[layer];
+        layers[layer].misses += unready_[layer];
+    }
+    return {std::move(layers), bytes_read_, residency_.evictions(), late_, stall_s_, looks_ahead_, substituted_, residency_.slots_used()};
 }
 
 std::vector<std::pair<int, std::int32_t>> ExpertStore::residents() {

@@ -15,6 +15,7 @@ struct SourceCounts {
     std::int64_t bytes_read = 0, evictions = 0, late = 0;  // late: prefetches that were still on their way when wanted
     double stall_s = 0;
     bool looks_ahead = false;  // whether looking ahead is on now
+    std::int64_t substituted = 0;  // experts that ran from their low-precision copies
     std::int64_t slots_used = 0;
 };
 

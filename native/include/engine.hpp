@@ -2,7 +2,7 @@
 //
 // Owns scratch and the arithmetic's order, not the weights and not the cache's pages. Results of a token depend on the
 // token, its position and the cache alone: not on the other tokens of the step, nor on the number of threads, nor on
-// where experts come from.
+// where experts come from. With lossy modes, which are off unless set, they do depend on what is in memory.
 #pragma once
 
 #include <array>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "experts.hpp"
+#include "lossy.hpp"
 #include "model.hpp"
 
 namespace fewfire {
@@ -57,6 +58,12 @@ public:
     // logits: (count, vocab_size) of `count` rows of what `step` gave.
     void head(float* hidden, std::int64_t count, float* logits, std::int64_t num_threads);
 
+    // From now on so. `lows`: the layouts of the low-precision copies of each MoE layer, where they substitute.
+    void set_lossy(const LossyModes& modes, std::vector<ExpertLayout> lows);
+
+    // Whether the modes rest.
+    void set_exact(bool is_exact) { is_exact_ = is_exact; }
+
     // Since the last call of this.
     Timings take_timings();
 
@@ -65,12 +72,17 @@ public:
 
 private:
     const LayerSpec* next_moe(std::size_t number) const;
+    LossyModes modes_of(const Tokens& tokens) const;
 
     ModelSpec spec_;
     ExpertSource* experts_;
     std::vector<CacheShape> shapes_;
     std::vector<std::int64_t> offsets_;  // of each layer within a page
     std::int64_t page_bytes_ = 0;
+    LossyModes lossy_;
+    bool is_exact_ = true;
+    std::vector<MeanRange> ranges_;
+    std::vector<ExpertLayout> lows_;
     std::unique_ptr<Workspace> room_;
     Timings timings_;
 };

@@ -12,9 +12,15 @@
 namespace fewfire {
 
 // How experts are wanted. in_order: to be given out in rising order. reads_ahead: so many tokens that the next layer will
-// want nearly all of its experts.
+// want nearly all of its experts. substitutes: low-precision copies will do for what is not in memory.
 struct Demand {
-    bool in_order = false, reads_ahead = false;
+    bool in_order = false, reads_ahead = false, substitutes = false;
+};
+
+// An expert's bytes; `is_low`: of its low-precision copy, whose layout is another.
+struct Record {
+    const std::uint8_t* bytes = nullptr;
+    bool is_low = false;
 };
 
 // Where the records of experts come from. One layer at a time: want, then take and give back until all have been taken.
@@ -30,10 +36,13 @@ public:
 
     // Up to `most` of the wanted experts that are in memory, and where; waits until there is one. 0: all were taken.
     // Throws ReadError where a record cannot be had.
-    virtual int take(int most, std::int32_t* experts, const std::uint8_t** records) = 0;
+    virtual int take(int most, std::int32_t* experts, Record* records) = 0;
 
     // What was taken is not needed any longer.
     virtual void give_back(const std::int32_t* experts, int count) = 0;
+
+    // Of each expert of `layer`, whether it is in memory or on its way; false, and nothing is written: all are.
+    virtual bool find_cached(int, std::uint8_t*) const { return false; }
 
     // Seconds that take() has waited since this was last asked.
     virtual double waited_s() { return 0; }
@@ -74,7 +83,7 @@ public:
     ResidentExperts(const std::uint8_t* memory, std::vector<RecordLayer> layers, std::vector<std::uint32_t> checksums);
 
     void want(int layer, const std::int32_t* experts, int count, const Demand& demand) override;
-    int take(int most, std::int32_t* experts, const std::uint8_t** records) override;
+    int take(int most, std::int32_t* experts, Record* records) override;
     void give_back(const std::int32_t*, int) override {}
 
     // Compares all records that were not used yet. Throws ReadError as take().
@@ -82,9 +91,10 @@ public:
 
     SourceCounts counts() override;
 
+    const std::uint8_t* record(int layer, std::int32_t expert) const;
+
 private:
     void verify(int layer, const std::int32_t* experts, std::int64_t count);
-    const std::uint8_t* record(int layer, std::int32_t expert) const;
 
     const std::uint8_t* memory_;
     std::vector<RecordLayer> layers_;
@@ -108,9 +118,10 @@ struct Assignment {
 // The experts of one layer over some tokens, in two halves, so that something else can run while records arrive.
 class ExpertRun {
 public:
-    // `acts`: the tokens. All must stay until the end of finish().
+    // `acts`: the tokens. All must stay until the end of finish(). `low`: the layout of low-precision copies, where they
+    // will do.
     ExpertRun(const ExpertLayout& layout, const Activations& acts, const Assignment& assignment, ExpertWorkspace& room,
-              std::int64_t num_threads);
+              std::int64_t num_threads, const ExpertLayout* low = nullptr);
 
     // Tells the source which experts of layer `layer` are needed.
     void want(int layer, ExpertSource& source);
@@ -123,6 +134,7 @@ private:
     struct Segment;
     struct Given;
     Demand demand() const;
+    const ExpertLayout* layout_of(const Record& record) const { return record.is_low ? low_ : &layout_; }
     std::int64_t width() const { return layout_.down.rows; }
     std::int64_t start(std::int64_t expert) const { return room_.starts[static_cast<std::size_t>(expert)]; }
     float slot_weight(std::int64_t slot) const { return to_.weights[room_.order[static_cast<std::size_t>(slot)]]; }
@@ -138,6 +150,7 @@ private:
     void add_outputs(const std::vector<Segment>& segments, std::int64_t base);
 
     const ExpertLayout& layout_;
+    const ExpertLayout* low_;
     Activations acts_;
     Assignment to_;
     ExpertWorkspace& room_;

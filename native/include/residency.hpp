@@ -46,8 +46,10 @@ public:
 
     // The experts that `layer` runs now, distinct and rising. in_order: they will be given back in that order, and what
     // is not in memory passes through a few slots without pushing out what is. `reads_ahead`: the next layer will want
-    // nearly all of its experts.
-    void want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead);
+    // nearly all of its experts. `most_fills`: no more than so many of the missing come in, and nobody waits for them;
+    // null: all.
+    void want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead,
+              const std::int64_t* most_fills = nullptr);
 
     // The layer is done with an expert.
     void give_back(std::int32_t expert);

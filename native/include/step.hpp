@@ -7,6 +7,7 @@
 
 #include "engine.hpp"
 #include "experts.hpp"
+#include "lossy.hpp"
 #include "model.hpp"
 #include "pool.hpp"
 #include "workspace.hpp"
@@ -19,12 +20,13 @@ struct Workspace {
     Room<float> gates, logits, weights, weighted, guess_logits;
     Room<std::int32_t> chosen;
     Room<std::uint64_t> selected;
+    Room<std::uint8_t> cached;
     ExpertWorkspace experts;
 
     std::int64_t bytes() const {
         return x.bytes() + sums.bytes() + projected.bytes() + absorbed.bytes() + index_scores.bytes() + normed.bytes() +
                mixed.bytes() + latent.bytes() + hidden.bytes() + gates.bytes() + logits.bytes() + weights.bytes() +
-               guess.bytes() + guess_logits.bytes() + weighted.bytes() + chosen.bytes() + selected.bytes() + experts.bytes();
+               guess.bytes() + guess_logits.bytes() + cached.bytes() + weighted.bytes() + chosen.bytes() + selected.bytes() + experts.bytes();
     }
 };
 
@@ -35,6 +37,9 @@ struct Step {
     Timings& timings;
     Routes routes;
     std::int64_t num_threads;
+    LossyModes lossy{};
+    MeanRange* ranges = nullptr;          // of each MoE layer
+    const ExpertLayout* lows = nullptr;   // of each MoE layer: low-precision copies
     Rows normed{};         // of the current half of the layer
     bool selects = false;  // whether the last indexer left anything out
     std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
@@ -96,9 +101,11 @@ std::int64_t selected_words(const Step& step);
 void feed(const FeedForwardSpec& spec, const Matrix& gate, Step& step);
 
 // Chosen experts and weights (tokens, top_k) of all tokens of `rows`; logits (tokens, num_experts) are made on the way.
-void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step);
+// An expert that a token does not keep is ~id there.
+void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step,
+            const RouterModes& modes = {});
 
 // The same of step.normed, into step.room; recorded, or replayed.
-void route(const RouterSpec& spec, Step& step);
+void route(const RouterSpec& spec, Step& step, const RouterModes& modes = {});
 
 }  // namespace fewfire

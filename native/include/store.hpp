@@ -37,13 +37,17 @@ public:
     ~ExpertStore() override;
 
     void want(int layer, const std::int32_t* experts, int count, const Demand& demand) override;
-    int take(int most, std::int32_t* experts, const std::uint8_t** records) override;
+    int take(int most, std::int32_t* experts, Record* records) override;
+    bool find_cached(int layer, std::uint8_t* cached) const override;
     void give_back(const std::int32_t* experts, int count) override;
     double waited_s() override;
 
     int lookahead() const override { return looks_ahead_ ? 1 : 0; }
     void prefetch(int layer, const std::int32_t* experts, int count) override;
     void end_step(std::int64_t tokens, double seconds) override;
+
+    // Copies in low precision of all records, which stand in where a demand allows it; null: none. They must outlive this.
+    void set_low(const ResidentExperts* low) { low_ = low; }
 
     // So many slots from now on; memory of those beyond is given back to the system.
     void set_capacity(std::int64_t slots);
@@ -90,6 +94,8 @@ private:
     void abandon();
     void finish(const Job& job, std::unique_lock<std::mutex>& lock);
     void start_fills();
+    std::int64_t spare_reads();
+    void count_substituted(std::int64_t count);
     int layer_of(std::int64_t id) const;
     const std::uint8_t* record(std::int64_t slot) const { return settings_.memory + slot * settings_.slot_bytes; }
     void fail(std::int64_t id);
@@ -110,6 +116,12 @@ private:
     bool ends_ = false;
     std::int64_t bytes_read_ = 0, late_ = 0;
     double stall_s_ = 0, waited_s_ = 0;
+
+    const ResidentExperts* low_ = nullptr;
+    bool substitutes_ = false;          // whether the layer takes copies for what is not here
+    std::int64_t missed_ = 0;           // wanted records of the layer that were in no slot
+    std::vector<std::int64_t> unready_; // of each layer: records in a slot, but not read yet, whose copies ran
+    std::int64_t substituted_ = 0;
 
     int layer_ = 0;
     std::vector<std::int32_t> open_, out_;  // wanted experts that were not taken yet, rising; taken ones

@@ -16,6 +16,7 @@ _PUBLIC = {
     "FewfireError": "fewfire.errors",
     "FormatError": "fewfire.errors",
     "KernelUnavailable": "fewfire.errors",
+    "Lossy": "fewfire.api",
     "MoE": "fewfire.model.moe",
     "Model": "fewfire.api",
     "ModelConfig": "fewfire.config",

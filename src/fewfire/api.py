@@ -24,22 +24,38 @@ from fewfire.export import Exported, export, torch_dtype
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
 from fewfire.plan.limits import peak_rss_bytes
+from fewfire.runtime.agreement import Agreement, LossyGeneration
 from fewfire.runtime.banks import ExpertCounts, LayerCounts, ResidentExperts, StreamedExperts, Streaming
 from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
 from fewfire.runtime.generate import Generation, Limits, Measured
 from fewfire.runtime.load import load_module
+from fewfire.runtime.lossy import Lossy
 from fewfire.runtime.packed import account_of, experts_of, load_pack
 from fewfire.runtime.sampling import Sampling
 from fewfire.sizes import parse_bytes
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Experts", "Exported", "Generated", "Model", "Stream", "Streaming", "export", "load", "locate", "plan"]
+__all__ = [
+    "Agreement",
+    "Experts",
+    "Exported",
+    "Generated",
+    "Lossy",
+    "Model",
+    "Stream",
+    "Streaming",
+    "export",
+    "load",
+    "locate",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
 class Experts:
     """Where routed experts were found: `hits` in memory, `misses` on disk, summed over `layers`. `budget_bytes`: memory
-    that experts may use. `access`: how misses are read. Resident models hit always."""
+    that experts may use. `access`: how misses are read. `substituted`: run from low-precision copies. Resident models
+    hit always."""
 
     budget_bytes: int
     hits: int
@@ -52,6 +68,7 @@ class Experts:
     prefetch_wasted: int = 0
     access: str = "resident"
     layers: tuple[LayerCounts, ...] = ()
+    substituted: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -82,13 +99,15 @@ class Experts:
             total.prefetch_wasted,
             "resident" if bank.access is None else str(bank.access),
             counts.layers,
+            counts.substituted,
         )
 
 
 @dataclass(frozen=True)
 class Generated:
     """One generated text. `token_ids` are all tokens the model gave, an end token and those of a stop string included;
-    `text` ends before either. `finish_reason`: `stop`, `length` (max_tokens) or `context`."""
+    `text` ends before either. `finish_reason`: `stop`, `length` (max_tokens) or `context`. `lossy`: how far from
+    exact results, once the text has ended; None where no lossy mode was on."""
 
     text: str
     token_ids: list[int]
@@ -101,6 +120,7 @@ class Generated:
     experts: Experts
     invariant: bool = False
     invariant_reason: str | None = "torch does the arithmetic: results depend on how tokens are batched"
+    lossy: Agreement | None = None
 
 
 class Model:
@@ -199,7 +219,8 @@ class Model:
         check(not unknown, f"option {', '.join(unknown)} is not known; expected one of {', '.join(known)}")
         ids = self.encode_chat(prompt, system) if chat else self.encode(prompt)
         ends = self._text_side().end_token_ids if chat else ()
-        generation = Generation(
+        lossy = isinstance(self.module, NativeDecoder) and self.module.lossy is not None
+        generation = (LossyGeneration if lossy else Generation)(
             self.module,  # type: ignore[arg-type]
             ids,
             sampling=Sampling(**options),
@@ -320,7 +341,7 @@ class Stream(Iterator[str]):
 
     def result(self) -> Generated:
         """What was generated so far; complete when the stream has ended."""
-        measured = self.measured
+        measured, lossy = self.measured, self._agreement()
         return Generated(
             text=self.text,
             token_ids=list(measured.token_ids),
@@ -331,12 +352,21 @@ class Stream(Iterator[str]):
             seed=self.generation.sampler.seed,
             peak_rss_bytes=peak_rss_bytes(),
             experts=self.model._experts_used(measured),
-            **_NATIVE if isinstance(self.model.module, NativeDecoder) else {},
+            **_invariance(self.model.module),
+            lossy=lossy,
         )
 
+    def _agreement(self) -> Agreement | None:
+        if not isinstance(self.generation, LossyGeneration):
+            return None
+        return self.generation.compare() if self._over else Agreement(self.generation.modes)
 
-# Sums have one order for each token, whatever else runs (runtime/engine.py).
-_NATIVE: dict[str, Any] = {"invariant": True, "invariant_reason": None}
+
+def _invariance(module: torch.nn.Module) -> dict[str, Any]:
+    """Of the native engine: sums have one order for each token, whatever else runs (runtime/engine.py)."""
+    if not isinstance(module, NativeDecoder):
+        return {}
+    return {"invariant": module.invariant_reason is None, "invariant_reason": module.invariant_reason}
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -356,6 +386,7 @@ def load(
     context: int | None = None,
     cache: str = "bf16",
     streaming: Streaming | None = None,
+    lossy: Lossy | None = None,
     ignore_keys: Sequence[str] = (),
     show_progress: bool = False,
 ) -> Model:
@@ -367,6 +398,7 @@ def load(
     has left, less an eighth); experts of a pack that do not fit stay on disk, and `streaming` says how they are read.
     `context`: tokens of a text that memory is planned for (default 4096 or the model's most). `cache`: format of a
     pack's keys and values, bf16 or q8.
+    `lossy`: what may leave exact routing to wait less for the disk (docs/lossy.md); how far is measured in each run.
     `ignore_keys`: keys of config.json or of GGUF metadata to leave aside. `show_progress`: of a download, on stderr.
     Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files,
     BudgetError, with the table of what is needed, where `memory` does not suffice.
@@ -381,7 +413,11 @@ def load(
     tokenizer = read_tokenizer(path)  # before anything large: it takes memory while it is read
     module: torch.nn.Module
     if is_pack(path):
-        module = load_pack(path, dtype=wanted, memory=budget, context=context, cache=cache, streaming=streaming)
+        module = load_pack(
+            path, dtype=wanted, memory=budget, context=context, cache=cache, streaming=streaming, lossy=lossy
+        )
+    elif lossy is not None and lossy.modes:
+        raise ConfigError("lossy modes need a pack; make one with `fewfire pack`")
     else:
         module = load_module(path, dtype=wanted, ignore=ignore_keys, memory=budget)
     return Model(module, tokenizer=tokenizer, eos_ids=read_eos_ids(path, module.config), folder=path)

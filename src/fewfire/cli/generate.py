@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewfire.cli.lossy import ExpertTopP, LowPrecision, PreferCached, lossy_line, make_lossy
 from fewfire.cli.streaming import CachePolicy, Direct, KvCache, Lookahead, Memory, Readers, VerifyAlways, make_streaming
 from fewfire.errors import ConfigError
 
@@ -40,6 +42,9 @@ def generate(
     lookahead: Lookahead = False,
     verify_always: VerifyAlways = False,
     direct: Direct = None,
+    prefer_cached: PreferCached = 0.0,
+    expert_top_p: ExpertTopP = 1.0,
+    low_precision: LowPrecision = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Go on from a prompt, or answer it with --chat. Speeds go to stderr."""
@@ -55,6 +60,7 @@ def generate(
         streaming=make_streaming(
             cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct
         ),
+        lossy=make_lossy(prefer_cached, expert_top_p, low_precision),
         ignore_keys=ignore_key or (),
         show_progress=sys.stderr.isatty(),
     )
@@ -160,6 +166,7 @@ def _summary(result: Generated, *, interrupted: bool) -> str:
         f"{result.prompt_tokens} prompt tokens{rate(result.prefill_tokens_per_s)}, "
         f"{len(result.token_ids)} new{rate(result.decode_tokens_per_s)}, {ended}; "
         f"peak memory {format_bytes(result.peak_rss_bytes)}, seed {result.seed}{_experts_line(result.experts)}"
+        f"{lossy_line(result.lossy)}"
     )
 
 
@@ -176,6 +183,7 @@ def to_json(result: Generated) -> dict[str, Any]:
         "invariant_reason": result.invariant_reason,
         "peak_rss_bytes": result.peak_rss_bytes,
         "experts": result.experts.to_json(),
+        "lossy": None if result.lossy is None else asdict(result.lossy),
         "finish_reason": result.finish_reason,
         "seed": result.seed,
     }

@@ -31,11 +31,12 @@ def route(logits_TE: Tensor, config: RouterConfig, select_bias_E: Tensor | None 
     if config.groups is not None:
         choice_TE = keep_best_groups(choice_TE, config.groups)
     _, ids_TK = kernels.top_k(choice_TE, config.top_k)
-    weights_TK = _weights(logits_TE, scores_TE, ids_TK, config)
+    weights_TK = weigh(logits_TE, scores_TE, ids_TK, config)
     return Routing(ids_TK, weights_TK, logits_TE, scores_TE)
 
 
-def _weights(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
+def weigh(logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
+    """Routing weights (T, K) of chosen experts."""
     if config.score in ("softmax_selected", "noisy_softmax"):
         weights_TK = torch.softmax(logits_TE.gather(1, ids_TK), dim=-1)
     else:

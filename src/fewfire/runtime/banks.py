@@ -74,6 +74,7 @@ class ExpertCounts:
     evictions: int = 0
     prefetch_late: int = 0
     stall_s: float = 0.0
+    substituted: int = 0  # experts that ran from their low-precision copies
 
     @property
     def total(self) -> LayerCounts:
@@ -91,6 +92,7 @@ class ExpertCounts:
             self.evictions - before.evictions,
             self.prefetch_late - before.prefetch_late,
             self.stall_s - before.stall_s,
+            self.substituted - before.substituted,
         )
 
 
@@ -107,8 +109,9 @@ class _Experts:
 
     def counts(self) -> ExpertCounts:
         """Between steps only."""
-        layers, bytes_read, evictions, late, stall_s, _, _ = self.source.counts()
-        return ExpertCounts(tuple(LayerCounts(*layer) for layer in layers), bytes_read, evictions, late, stall_s)
+        layers, bytes_read, evictions, late, stall_s, _, substituted, _ = self.source.counts()
+        counted = tuple(LayerCounts(*layer) for layer in layers)
+        return ExpertCounts(counted, bytes_read, evictions, late, stall_s, substituted)
 
     def bank(self, number: int, config: FeedForwardConfig, *, weight_on_input: bool) -> LayerBank:
         """The experts of the `number`-th MoE layer."""

@@ -49,13 +49,17 @@ def check_floor(
     weights: WeightBytes,
     cache_element_bytes: int,
     threads: int,
+    more: dict[str, int] | None = None,
 ) -> Floor:
-    """The floor of a model, which is below `budget`. Raises: BudgetError with the table, before anything is loaded."""
+    """The floor of a model, and of what is wanted `more`, which is below `budget`.
+
+    Raises: BudgetError with the table, before anything is loaded.
+    """
     context = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     floor = floor_bytes(
         config, formats, context, weights=weights, cache_element_bytes=cache_element_bytes, threads=threads
     )
-    needs = {**floor.table, "process": max(floor.table["process"], rss_bytes())}
+    needs = {**floor.table, "process": max(floor.table["process"], rss_bytes()), **(more or {})}
     if budget < sum(needs.values()):
         refuse(budget, needs)
     return Floor(needs)

@@ -8,8 +8,8 @@ T new tokens, N tokens of a step, D model width, V vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from fewfire.plan.limits import rss_bytes
 from fewfire.routing import Routing
 from fewfire.runtime.banks import ResidentExperts, StreamedExperts, Streaming
 from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, choose_chunk, default_budget, scratch_bytes
+from fewfire.runtime.lossy import Lossy
+from fewfire.runtime.low import LowPrecision
 from fewfire.runtime.lower import Lowered
 from fewfire.runtime.weights import Report, Trunk, huge_memory
 
@@ -128,6 +130,7 @@ class NativeDecoder(nn.Module):
     `budget_bytes` bounds the whole process (None: `default_budget`), experts give way; it is not compared with the
     floor here. `context`: tokens of a text that experts are kept for in memory, if all of them fit (longer texts take
     from them, or are refused). `cache` is the format of keys and values, bf16 or q8. Threads: as many as torch may use.
+    `lossy`: what may differ from exact results.
     One step at a time for each decoder. Raises: FormatError where the pack's bytes are not those written.
     """
 
@@ -141,6 +144,7 @@ class NativeDecoder(nn.Module):
         context: int | None = None,
         cache: str = "bf16",
         streaming: Streaming | None = None,
+        lossy: Lossy | None = None,
         report: Report = lambda num_bytes: None,
     ):
         super().__init__()
@@ -148,6 +152,11 @@ class NativeDecoder(nn.Module):
         self._moes = [
             (index, layer.ffn) for index, layer in enumerate(self.config.layers) if isinstance(layer.ffn, MoEConfig)
         ]
+        self.lossy = lossy if lossy is not None and lossy.modes else None
+        self.low: LowPrecision | None = None
+        if self.lossy is not None:
+            self.lossy.check_model([moe for _, moe in self._moes])
+            self.invariant_reason = f"lossy modes are on: {', '.join(self.lossy.modes)}"
         budget = default_budget() if budget_bytes is None else budget_bytes
         self.lowered = Lowered(pack, Trunk(pack, report), cache)
         self._roped = min(context or DEFAULT_CONTEXT, self.config.max_context)
@@ -165,6 +174,7 @@ class NativeDecoder(nn.Module):
         if fits:
             self.chunk_tokens = choose_chunk(self.config, room, context, threads, share=1.0)
         else:
+            self._open_low(report)
             self.chunk_tokens = choose_chunk(self.config, account.expert_bytes, context, threads)
         account.fixed_bytes += scratch_bytes(self.config, self.chunk_tokens, context, threads)
         if fits or not experts:
@@ -178,6 +188,26 @@ class NativeDecoder(nn.Module):
         assert module is not None, "the caller has asked why_not_native and for the extension"
         self.experts = self.account.experts = experts
         self.engine = module.Engine(self.lowered.spec, experts.source)
+        if self.lossy is not None:
+            low = self.low if isinstance(experts, StreamedExperts) else None
+            if low is not None:
+                experts.source.set_low(low.experts.source)
+            layouts = [] if low is None else low.layouts
+            self.engine.set_lossy(self.lossy.prefer_cached, self.lossy.top_p, layouts)
+
+    def _open_low(self, report: Report = lambda num_bytes: None) -> None:
+        """Low-precision copies of all experts, if they are asked for, in memory taken from the budget."""
+        if self.lossy is not None and self.lossy.low_precision is not None and self.low is None:
+            self.low = LowPrecision(self.lossy.low_precision, self.pack, self.account, report)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Lossy modes rest."""
+        self.engine.set_exact(True)
+        try:
+            yield
+        finally:
+            self.engine.set_exact(self.lossy is None)
 
     def set_budget(self, budget_bytes: int, streaming: Streaming | None = None) -> None:
         """Another memory budget from now on; experts leave memory where they no longer all fit.
@@ -188,11 +218,17 @@ class NativeDecoder(nn.Module):
         if not resident_now or self.account.fits(budget_bytes):
             self.account.change(budget_bytes)
             return
-        self.account.check_change(budget_bytes, StreamedExperts.least_bytes_of(self.pack))
-        room = budget_bytes - self.account.fixed_bytes - self.account.taken_bytes
+        least, low = StreamedExperts.least_bytes_of(self.pack), 0
+        if self.lossy is not None and self.lossy.low_precision is not None and self.low is None:
+            low = LowPrecision.bytes_of(self.lossy.low_precision, self.pack)
+        self.account.check_change(budget_bytes, least + low)
+        room = budget_bytes - self.account.fixed_bytes - self.account.taken_bytes - low
         experts = StreamedExperts(self.pack, room, streaming)
         self.account.budget_bytes = budget_bytes
         self.use(experts)
+        if low:
+            self._open_low()
+            self.use(experts)
 
     def new_cache(self) -> PagedCache:
         return PagedCache(self.engine.page_bytes, self.account)
@@ -318,7 +354,10 @@ class NativeDecoder(nn.Module):
         for (layer, moe), ids, weights, logits in zip(self._moes, *routes, strict=True):
             sigmoid = moe.router.score.startswith("sigmoid")
             scores = torch.sigmoid(logits) if sigmoid else torch.softmax(logits, dim=-1)
-            observe(layer, Routing(ids.long(), weights, logits, scores))
+            dropped = self.lossy is not None and self.lossy.top_p < 1  # those are ~id
+            kept = ids >= 0 if dropped else None
+            chosen = torch.where(kept, ids, ~ids).long() if kept is not None else ids.long()
+            observe(layer, Routing(chosen, weights, logits, scores, kept))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32."""

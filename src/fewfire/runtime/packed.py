@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewfire.checkpoints.pack import Pack, open_pack
-from fewfire.config import MoEConfig
+from fewfire.config import MoEConfig, check
 from fewfire.kernels.isa import native
 from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
@@ -26,6 +26,8 @@ from fewfire.plan.memory import TORCH_FLOAT32_BYTES, WeightBytes, activation_byt
 from fewfire.runtime.banks import LayerBank, ResidentExperts, StreamedExperts, Streaming
 from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, check_floor, default_budget
 from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
+from fewfire.runtime.lossy import Lossy
+from fewfire.runtime.low import LowPrecision
 from fewfire.runtime.lower import why_not_native, why_not_native_experts
 from fewfire.runtime.weights import Report
 
@@ -40,18 +42,22 @@ def load_pack(
     context: int | None = None,
     cache: str = "bf16",
     streaming: Streaming | None = None,
+    lossy: Lossy | None = None,
     report: Report = lambda num_bytes: None,
 ) -> Module:
     """The native engine for a pack; torch around native experts where something has no native step (a warning says).
 
     `memory` bounds the resident bytes of the whole process (None: what the system has left, less an eighth); experts
     beyond it stay on disk. `context`: tokens of a text that are planned for. `cache`: format of keys and values, bf16
-    or q8. `dtype` asks for the torch reference, all in memory.
+    or q8. `dtype` asks for the torch reference, all in memory. `lossy` needs the native engine.
 
     Raises: as `open_pack`; FormatError where bytes are not those written; BudgetError, with the table of what is
     needed, before anything is loaded.
     """
     pack = open_pack(folder)
+    lossy = lossy if lossy is not None and lossy.modes else None
+    if lossy is not None:
+        _check_lossy(lossy, pack, dtype)
     budget = default_budget() if memory is None else memory
     if native() is None or dtype is not None:
         why = "the extension fewfire._native is missing"
@@ -67,17 +73,34 @@ def load_pack(
         weights=pack_weights(pack),
         cache_element_bytes=CACHE_ELEMENT_BYTES[cache],
         threads=threads,
+        more=_low_bytes(lossy, pack),
     )
     why_not = why_not_native(pack)
     if why_not is None:
         return NativeDecoder(
-            pack, budget_bytes=budget, context=context, cache=cache, streaming=streaming, report=report
+            pack, budget_bytes=budget, context=context, cache=cache, streaming=streaming, lossy=lossy, report=report
         )
     if not pack.layout.experts or why_not_native_experts(pack) is not None:
         warnings.warn(f"{folder} runs on torch, dequantized, instead of the native engine: {why_not}", stacklevel=2)
         return load_packed_module(folder)
     warnings.warn(f"{folder} runs on torch, but for its experts, instead of the native engine: {why_not}", stacklevel=2)
     return _load_hybrid(pack, budget, context, streaming, report)
+
+
+def _check_lossy(lossy: Lossy, pack: Pack, dtype: torch.dtype | None) -> None:
+    """Raises: ConfigError where modes cannot be had."""
+    lossy.check_model([moe for _, _, moe in pack.config.moe_layers])
+    missing = "the extension fewfire._native is missing" if native() is None else None
+    asked = "a dtype asks for torch" if dtype is not None else None
+    why = asked or missing or why_not_native(pack)
+    check(why is None, f"lossy modes need the native engine, which does not run this: {why}")
+
+
+def _low_bytes(lossy: Lossy | None, pack: Pack) -> dict[str, int]:
+    """What low-precision copies add to the floor."""
+    if lossy is None or lossy.low_precision is None:
+        return {}
+    return {"low-precision experts": LowPrecision.bytes_of(lossy.low_precision, pack)}
 
 
 def pack_weights(pack: Pack) -> WeightBytes:
