@@ -61,7 +61,7 @@ class MachineProfile:
         memory = min(self.ram_bytes, self.memory_limit_bytes or self.ram_bytes)
         reserve = 0.0 if memory < self.ram_bytes else min(2.0, 0.1 * memory / 1e9)
         return Part(
-            name=f"this machine ({self.cpu})",
+            name=f"this machine, {self.cpu}",
             kind="cpu",
             memory_gb=memory / 1e9,
             memory_bytes=memory,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from fewfire.plan import links
+from fewfire.plan import links, resident
 from fewfire.plan.count import prefill_flops
 from fewfire.plan.hardware import Part, System
 from fewfire.plan.phases import Phase, attention_phase, experts_phase, trunk_phase
@@ -200,9 +200,9 @@ def chunk_phases(
     work: Workload, part: Part, num_tokens: int, assume: Assumptions
 ) -> Iterator[tuple[int, Phase, Phase, Phase]]:
     """Each chunk of a prompt: its tokens; attention, trunk and experts. The head runs once, at the end."""
-    rate = bandwidth(part, assume)
-    for start in range(0, num_tokens, assume.prefill_chunk):
-        tokens = min(assume.prefill_chunk, num_tokens - start)
+    rate, chunk = bandwidth(part, assume), min(assume.prefill_chunk, resident.CHUNKS[0])
+    for start in range(0, num_tokens, chunk):
+        tokens = min(chunk, num_tokens - start)
         seen, ends = start + (tokens + 1) // 2, start + tokens == num_tokens
         yield (
             tokens,

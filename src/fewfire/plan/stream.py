@@ -42,6 +42,7 @@ class Streaming:
     expert_bytes: float
     seconds: float
     overlapped_s: float
+    bound: str
 
     @property
     def tokens_per_s(self) -> float:
@@ -123,6 +124,8 @@ def stream(
         always, here = attention.seconds + trunk.seconds, experts.seconds
     else:
         always, here = (work.trunk_bytes + work.cache_read * batch) / bandwidth(part, assume), parts[0]
+    bounds = {tier.name: seconds for tier, seconds in zip(tiers, parts)}
+    bounds["memory"] = always + here
     return Streaming(
         batch=batch,
         tiers=tuple(tiers),
@@ -131,6 +134,7 @@ def stream(
         expert_bytes=awake,
         seconds=sum(others) + always + _layers_s(work, batch, shares[-1], tiers[-1].bytes_per_s, here) + launch,
         overlapped_s=max([*parts, always, here]) + launch,
+        bound=max(bounds, key=lambda name: bounds[name]),
     )
 
 

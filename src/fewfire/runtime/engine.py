@@ -194,6 +194,13 @@ class NativeDecoder(nn.Module):
         self.account.budget_bytes = budget_bytes
         self.use(experts)
 
+    @property
+    def resident_weights(self) -> Tensor:
+        """Stored bytes that are in memory whatever the budget: the trunk, or all experts where they are there and more."""
+        trunk = self.lowered.trunk.memory
+        experts = self.experts.memory if isinstance(self.experts, ResidentExperts) else trunk
+        return experts if experts.numel() > trunk.numel() else trunk
+
     def new_cache(self) -> PagedCache:
         return PagedCache(self.engine.page_bytes, self.account)
 
