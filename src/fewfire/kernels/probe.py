@@ -19,7 +19,7 @@ READ_BYTES = 512 * 2**20  # far more than any cache holds
 _ROWS, _COLUMNS = 512, 2048  # of a product whose weight a core's own cache holds
 _PLAIN_ROWS = 128  # the same of formats of 2 and 4 bytes
 _FILL = 0x3C  # every byte of the weights: small numbers in all formats, none subnormal
-_UNDISTURBED = 0.2  # of calls of microseconds: what other processes interrupt counts with those
+_UNDISTURBED = 0.0  # of calls of microseconds the fastest: others are those that another process interrupted
 TOKENS = (1, 2, 4, 8, 16, 64)
 
 
@@ -99,8 +99,9 @@ def kernel_rates(
 ) -> KernelRates:
     """Rates of all `formats` that have kernels (bf16 always), each of `tokens` timed for `seconds`."""
     names = sorted({"bf16", *formats} & NATIVE_FORMATS.keys())
+    counts = sorted(tokens)
     products = {
-        name: tuple((count, product_ops_per_s(name, count, threads, seconds=seconds)) for count in tokens)
+        name: _smooth([(count, product_ops_per_s(name, count, threads, seconds=seconds)) for count in counts])
         for name in names
     }
     return KernelRates(
@@ -108,6 +109,19 @@ def kernel_rates(
         float_ops_per_s=float_ops_per_s(threads, seconds=seconds),
         fork_join_s=fork_join_s(threads, seconds=seconds),
     )
+
+
+def _smooth(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Rates that rise with the tokens, and times too: a point that does otherwise was measured while others ran."""
+    least_s = float("inf")  # of these tokens and a weight
+    for at, (count, rate) in reversed(list(enumerate(points))):
+        least_s = min(least_s, count / rate)
+        points[at] = count, count / least_s
+    most, made = 0.0, []
+    for count, rate in points:
+        most = max(most, rate)
+        made.append((count, most))
+    return tuple(made)
 
 
 def _product(format_name: str, rows: int, columns: int, num_tokens: int, threads: int) -> Callable[[], None]:
