@@ -20,7 +20,7 @@ STEP_S = 150e-6  # of a step in Python: bookkeeping of pages, the choice of the 
 
 @dataclass(frozen=True)
 class KernelRates:
-    """Operations/s of weights in each format times some tokens, out of the caches: ((tokens, rate), ...), tokens rising.
+    """Operations/s of weights in each format times some tokens, from caches: ((tokens, rate), ...), tokens rising.
 
     A multiply-add is two operations. `float_ops_per_s`: float32, from registers. `fork_join_s`: all threads start on a
     small part and are waited for.

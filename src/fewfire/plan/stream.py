@@ -31,9 +31,9 @@ class Tier:
 
 @dataclass(frozen=True)
 class Streaming:
-    """A decode step with experts over tiers: `shares` of expert reads by tier, in order. `seconds`: a layer's reads from
-    disk run while its experts that are here are computed, all else one after another; `overlapped_s` if all reads ran
-    at once."""
+    """A decode step with experts over tiers: `shares` of expert reads by tier, in order. `seconds`: a layer's reads
+    from disk run while its experts that are here are computed, all else one after another; `overlapped_s` if all reads
+    ran at once."""
 
     batch: int
     tiers: tuple[Tier, ...]
@@ -151,8 +151,8 @@ def _layers_s(work: Workload, batch: int, miss_rate: float, bytes_per_s: float, 
 
 
 def expected_layer_s(num_awake: int, miss_rate: float, read_s: float, work_s: float) -> float:
-    """E[the longer of a layer's reads and its work], of each of `num_awake` experts missing alone; the expert that comes
-    last is computed after it has come."""
+    """E[the longer of a layer's reads and its work], each of `num_awake` experts missing on its own; the expert that
+    comes last is computed after it has come."""
     expected = 0.0
     for misses in range(num_awake + 1):
         chance = comb(num_awake, misses) * miss_rate**misses * (1 - miss_rate) ** (num_awake - misses)

@@ -67,7 +67,9 @@ def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tupl
     return past if is_direct else buffered, Access(is_direct, of_direct, of_buffered)
 
 
-def random_read_bytes_per_s(file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int) -> float:
+def random_read_bytes_per_s(
+    file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int
+) -> float:
     """Bytes/s of reads of `num_bytes` from `places()`, by some readers at once, none of it from the page cache: for
     `seconds` or until `most` bytes are read."""
     module = native()

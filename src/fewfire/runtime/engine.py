@@ -196,7 +196,7 @@ class NativeDecoder(nn.Module):
 
     @property
     def resident_weights(self) -> Tensor:
-        """Stored bytes that are in memory whatever the budget: the trunk, or all experts where they are there and more."""
+        """Stored bytes that are in memory anyway: the trunk, or all experts where they are there and are more."""
         trunk = self.lowered.trunk.memory
         experts = self.experts.memory if isinstance(self.experts, ResidentExperts) else trunk
         return experts if experts.numel() > trunk.numel() else trunk

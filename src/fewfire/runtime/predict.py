@@ -1,4 +1,4 @@
-"""What the planner says of a pack as it is loaded, on this machine as it was just measured: printed beside measurements.
+"""What the planner says of a pack as it is loaded, on this machine as just measured: printed beside measurements.
 
 The formulas are the planner's (plan/speed.py, plan/stream.py); what is known here are the slots that experts have, the
 chunk of a prompt, the format of the cache.

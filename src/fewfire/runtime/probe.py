@@ -103,8 +103,7 @@ def _disk_by_size(folder: Path, *, seconds: float = 0.6) -> tuple[dict[int, floa
             pass  # a file system without it: the buffered way remains
         try:
             rates = {
-                is_direct: {size: _read_rate(file, size, seconds) for size in RECORD_SIZES}
-                for file, is_direct in files
+                is_direct: {size: _read_rate(file, size, seconds) for size in RECORD_SIZES} for file, is_direct in files
             }
         except OSError:
             return {}, False
