@@ -6,7 +6,7 @@ Knows the engine and the planner's counts, no terminal. B sequences, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewfire.bench.routing import Own, Source, Uniform
 from fewfire.checkpoints.pack import is_pack, open_pack
 from fewfire.config import check
 from fewfire.kernels.probe import int8_ops_per_s, read_bytes_per_s
@@ -23,7 +24,7 @@ from fewfire.plan.limits import peak_rss_bytes
 from fewfire.plan.speed import bytes_per_step
 from fewfire.plan.workload import Workload
 from fewfire.runtime.banks import ExpertCounts, ResidentExperts, StreamedExperts, Streaming
-from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
+from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder, Replay
 from fewfire.runtime.packed import Module, experts_of, load_pack
 from fewfire.runtime.predict import predict
 from fewfire.runtime.probe import probe_part, read_own_bytes_per_s
@@ -38,7 +39,7 @@ Say = Callable[[str], None]
 class Run:
     """What is measured. `memory` bounds the process, `cache` is the format of keys and values, `streaming` says how
     experts come from disk where they do not fit; `warm_steps` of decode go before the clock starts there (None: until
-    all slots are full), 0 starts with none of the experts in memory."""
+    all slots are full), 0 starts with none of the experts in memory. `routing`: the model's own, or drawn uniformly."""
 
     prompt_tokens: int = 512
     new_tokens: int = 64
@@ -48,11 +49,13 @@ class Run:
     cache: str = "bf16"
     streaming: Streaming | None = None
     warm_steps: int | None = None
+    routing: str = "own"
 
     def __post_init__(self) -> None:
         least = min(self.prompt_tokens, self.new_tokens, self.batch)
         check(least >= 1 and self.context >= 0, "bench needs at least one token of each")
         check(self.cache in CACHE_ELEMENT_BYTES, f"kv cache ({self.cache}) is not one of bf16, q8")
+        check(self.routing in ("own", "uniform"), f"routing ({self.routing}) is not one of own, uniform")
         check(self.warm_steps is None or self.warm_steps >= 0, f"warm steps ({self.warm_steps}) must not be negative")
 
     @property
@@ -109,6 +112,7 @@ class Bench:
     batch: int
     threads: int
     kv_cache: str
+    routing: str
     budget_bytes: int | None
     expert_bytes: int | None
     access: str
@@ -158,6 +162,7 @@ def bench(
     cache: str = "bf16",
     streaming: Streaming | None = None,
     warm_steps: int | None = None,
+    routing: str = "own",
     say: Say = lambda message: None,
 ) -> Bench:
     """Load the pack `model`; time a prompt of `prompt_tokens`, then `new_tokens` of decode from a cache of `context`.
@@ -167,7 +172,7 @@ def bench(
     Raises: ConfigError for what is no pack or exceeds the model's context, KernelUnavailable without the extension,
     BudgetError where `memory` is below the floor.
     """
-    run = Run(prompt_tokens, new_tokens, context, batch, memory, cache, streaming, warm_steps)
+    run = Run(prompt_tokens, new_tokens, context, batch, memory, cache, streaming, warm_steps, routing)
     check(is_pack(model), f"{model} is no pack; `fewfire pack` or `fewfire init` makes one")
     config = open_pack(model).config
     most = max(prompt_tokens, context + new_tokens + 1)
@@ -179,6 +184,10 @@ def bench(
     experts = experts_of(module)
     if isinstance(experts, ResidentExperts):
         experts.verify()  # checksums are compared at first use: not within what is timed
+    check(
+        routing == "own" or isinstance(module, NativeDecoder),
+        f"{model} runs on torch, which follows its own routing only; leave --routing out",
+    )
     attempts: list[_Attempt] = []
     with torch.inference_mode():
         _warm(module, run, say)
@@ -197,11 +206,14 @@ def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
     generator = torch.Generator().manual_seed(seed)
     size = (run.batch, max(run.prompt_tokens, run.context + run.new_tokens + 1))
     ids_BT = torch.randint(0, module.config.vocab_size, size, generator=generator)
-    prefill = _timed(module, lambda: _prefill(module, ids_BT[:1, : run.prompt_tokens]))
+    source = _source(module, run, seed)
+    replay = source.take(run.prompt_tokens)
+    prefill = _timed(module, lambda: _prefill(module, ids_BT[:1, : run.prompt_tokens], replay))
     cache: Any = module.new_cache()
     if run.context:
         module.hidden(ids_BT[:, : run.context], cache)
-    decode = _timed(module, lambda: _decode(module, ids_BT, cache, run.context, run.new_tokens))
+    replays = [source.take(run.batch) for _ in range(run.new_tokens)]
+    decode = _timed(module, lambda: _decode(module, ids_BT, cache, run.context, replays))
     after = _bandwidth(module)
     return _Attempt(before, after, prefill, decode, part if native else None)
 
@@ -228,15 +240,24 @@ def _timed(module: Module, work: Callable[[], None]) -> _Timed:
     return made
 
 
-def _prefill(module: Any, ids_1T: Tensor) -> None:
-    module.logits(module.hidden(ids_1T, module.new_cache())[:, -1])
+def _source(module: Module, run: Run, seed: int) -> Source:
+    """Whose routing the run follows: the one place where another, such as a trace's, comes in."""
+    return Uniform(module, seed) if run.routing == "uniform" and isinstance(module, NativeDecoder) else Own()
 
 
-def _decode(module: Any, ids_BT: Tensor, cache: Any, context: int, new_tokens: int) -> None:
-    """`new_tokens` steps; each chooses its most likely token and goes on with a random one, so that routing stays
-    spread: random models fall into loops."""
-    for at in range(context, context + new_tokens):
-        module.logits(module.hidden(ids_BT[:, at : at + 1], cache)[:, -1]).argmax(dim=-1)
+def _routed(replay: Replay | None) -> dict[str, Any]:
+    return {} if replay is None else {"replay": replay}
+
+
+def _prefill(module: Any, ids_1T: Tensor, replay: Replay | None) -> None:
+    module.logits(module.hidden(ids_1T, module.new_cache(), **_routed(replay))[:, -1])
+
+
+def _decode(module: Any, ids_BT: Tensor, cache: Any, context: int, replays: Sequence[Replay | None]) -> None:
+    """A step for each of `replays`; each chooses its most likely token and goes on with a random one, so that routing
+    stays spread: random models fall into loops."""
+    for at, replay in enumerate(replays, context):
+        module.logits(module.hidden(ids_BT[:, at : at + 1], cache, **_routed(replay))[:, -1]).argmax(dim=-1)
 
 
 def _warm(module: Module, run: Run, say: Say) -> None:
@@ -247,11 +268,12 @@ def _warm(module: Module, run: Run, say: Say) -> None:
         module.logits(module.hidden(ids_BT)[:, -1])
         return
     assert isinstance(module, NativeDecoder) and isinstance(module.experts, StreamedExperts)
+    source = _source(module, run, ATTEMPTS)
     for step in _steps(run.warm_steps, module.experts):
         if step == 0:
             say("filling the slots of experts ...")
         ids_11 = torch.randint(0, module.config.vocab_size, (1, 1), generator=torch.Generator().manual_seed(step))
-        module.hidden(ids_11)
+        module.hidden(ids_11, replay=source.take(1))
 
 
 def _steps(wanted: int | None, experts: StreamedExperts) -> Iterator[int]:
@@ -321,6 +343,7 @@ def _result(module: Module, run: Run, best: _Attempt, *, int8: float, load_s: fl
         batch=run.batch,
         threads=torch.get_num_threads(),
         kv_cache=run.cache,
+        routing=run.routing,
         budget_bytes=None if account is None else account.budget_bytes,
         expert_bytes=None if experts is None else experts.num_bytes,
         access="resident" if experts is None or experts.access is None else str(experts.access),

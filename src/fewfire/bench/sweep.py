@@ -105,7 +105,7 @@ def _measure(config: ModelConfig, path: Path, prompt_tokens: int, new_tokens: in
     resident = rss_bytes() - before
     del module
     gc.collect()
-    made = bench(path, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    made = bench(path, prompt_tokens=prompt_tokens, new_tokens=new_tokens, routing="uniform")
     gc.collect()
     counts, router = count(config), config.moe_layers[0][2].router
     return SweepRow(

@@ -34,6 +34,9 @@ def bench(
         int | None,
         typer.Option(help="Steps before a streamed run (default: until all slots are full; 0: cold).", min=0),
     ] = None,
+    routing: Annotated[
+        str, typer.Option(help="own: the model's routers; uniform: drawn, as the planner assumes where it knows none.")
+    ] = "own",
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -69,6 +72,7 @@ def bench(
         cache=kv_cache,
         streaming=streaming(cache_policy, readers, lookahead),
         warm_steps=warm_steps,
+        routing=routing,
         say=note,
     )
     if made.drift > measure.DRIFT:
