@@ -16,7 +16,7 @@ from fewfire.kernels.linear import NATIVE_FORMATS
 from fewfire.plan.rates import KernelRates
 
 READ_BYTES = 512 * 2**20  # far more than any cache holds
-_ROWS, _COLUMNS = 512, 2048  # of a product whose weight a core's own cache holds
+_ROWS, _COLUMNS = 1024, 2048  # of a product whose weight the caches hold
 _PLAIN_ROWS = 128  # the same of formats of 2 and 4 bytes
 _FILL = 0x3C  # every byte of the weights: small numbers in all formats, none subnormal
 _UNDISTURBED = 0.0  # of calls of microseconds the fastest: others are those that another process interrupted

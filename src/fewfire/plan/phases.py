@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fewfire.config import MoEConfig
+from fewfire.config import AttentionConfig, LatentAttentionConfig, LayerConfig, MoEConfig
 from fewfire.plan.count import mixer_flops
 from fewfire.plan.hardware import Part
 from fewfire.plan.memory import Formats, expert_bytes
@@ -40,6 +40,7 @@ class ExpertLayers:
     layers: int
     weights: dict[str, float]
     num_bytes: int
+    row_numbers: int  # of a token's rows, of all its experts
 
 
 def weights_by_format(specs: Iterator[TensorSpec], formats: Formats) -> dict[str, float]:
@@ -61,7 +62,9 @@ def expert_layers(work: Workload) -> list[ExpertLayers]:
         weights = weights_by_format((spec for spec in specs if spec.kind == "experts"), work.formats)
         one = {name: count / router.top_k for name, count in weights.items()}
         routed = Routed.of(router.num_experts, router.top_k, work.profile)
-        made.append(ExpertLayers(routed, copies, one, expert_bytes(specs, router.num_experts, work.formats)))
+        num_bytes = expert_bytes(specs, router.num_experts, work.formats)
+        row_numbers = router.top_k * (2 * work.config.model_dim + layer.ffn.expert.hidden_dim)
+        made.append(ExpertLayers(routed, copies, one, num_bytes, row_numbers))
     return made
 
 
@@ -73,6 +76,7 @@ def experts_phase(work: Workload, part: Part, rate: float, num_tokens: float) ->
         awake = kind.routed.unique(num_tokens)
         each = num_tokens * kind.routed.top_k / awake if awake else 0.0
         num_bytes += awake * kind.layers * kind.num_bytes
+        arithmetic_s += part.kernels.rows_s(num_tokens * kind.layers * kind.row_numbers)
         for name, count in kind.weights.items():
             arithmetic_s += part.kernels.product_s(name, awake * kind.layers * count, each)
     return Phase(num_bytes, num_bytes / rate, arithmetic_s)
@@ -88,6 +92,8 @@ def trunk_phase(work: Workload, part: Part, rate: float, num_tokens: float, num_
     outer = weights_by_format(iter(outer_tensors(work.config)), work.formats)
     products += [(name, count, num_heads) for name, count in outer.items() if num_heads]
     arithmetic_s = sum(part.kernels.product_s(*product) for product in products)
+    arithmetic_s += part.kernels.rows_s(num_tokens * sum(map(_row_numbers, work.config.layers)))
+    arithmetic_s += part.kernels.rows_s(num_tokens * 2 * work.config.model_dim * work.num_layers)  # norms
     return Phase(work.trunk_bytes, work.trunk_bytes / rate, arithmetic_s)
 
 
@@ -97,3 +103,17 @@ def attention_phase(work: Workload, part: Part, rate: float, num_tokens: float, 
     flops = sum(mixer_flops(block.layer.mixer, seen) * block.copies for block in decoder_blocks(work.config))
     num_bytes = work.cache_read * texts
     return Phase(num_bytes, num_bytes / rate, part.kernels.attention_s(flops * num_tokens))
+
+
+def _row_numbers(layer: LayerConfig) -> int:
+    """Numbers of a token's rows in attention and in feed-forwards that every token passes."""
+    dense = layer.ffn.shared if isinstance(layer.ffn, MoEConfig) else layer.ffn
+    fed = 0 if dense is None else 2 * dense.hidden_dim
+    match layer.mixer:
+        case AttentionConfig() as mixer:
+            return fed + (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+        case LatentAttentionConfig() as mixer:
+            widths = mixer.nope_dim + mixer.rope_dim + mixer.value_dim
+            return fed + mixer.num_heads * widths + mixer.kv_rank + mixer.rope_dim + (mixer.q_rank or 0)
+        case _:
+            return fed

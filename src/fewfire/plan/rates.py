@@ -12,8 +12,10 @@ from typing import Any
 
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
 OVERLAP = 0.85  # of the shorter of reading and arithmetic that hides behind the longer one
-PRODUCT_SHARE = 0.90  # of a product's own speed reached within a model: gathering, activations, uneven parts
-ATTENTION_SHARE = 0.30  # of the float32 peak
+PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
+ATTENTION_SHARE = 0.60  # of the float32 peak, by scores and values
+ROW_OPS = 450  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
+# norms, codes, rotations, the cache, gathering, activations, weighted sums (3 ns on one core of 150 GFLOP/s)
 FORKS_PER_LAYER = 10  # parts of a layer that wait for all threads
 STEP_S = 150e-6  # of a step in Python: bookkeeping of pages, the choice of the token
 
@@ -49,6 +51,10 @@ class KernelRates:
     def attention_s(self, flops: float) -> float:
         """Seconds of scores and values of attention."""
         return flops / (self.float_ops_per_s * ATTENTION_SHARE)
+
+    def rows_s(self, numbers: float) -> float:
+        """Seconds of all that is done with rows between products, of so many numbers."""
+        return numbers * ROW_OPS / self.float_ops_per_s
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` takes it."""
