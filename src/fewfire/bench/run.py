@@ -202,7 +202,7 @@ def bench(
 def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
     native = isinstance(module, NativeDecoder)
     before = _bandwidth(module)
-    part = probe_part(module, bandwidth=before) if isinstance(module, NativeDecoder) else None
+    part = probe_part(module, bandwidth=before, disk_seconds=0.3) if isinstance(module, NativeDecoder) else None
     generator = torch.Generator().manual_seed(seed)
     size = (run.batch, max(run.prompt_tokens, run.context + run.new_tokens + 1))
     ids_BT = torch.randint(0, module.config.vocab_size, size, generator=generator)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewfire.cli.streaming import CACHE_POLICY, KV_CACHE, LOOKAHEAD, MEMORY, READERS
+from fewfire.cli.streaming import CachePolicy, Direct, KvCache, Lookahead, Memory, Readers, VerifyAlways, make_streaming
 from fewfire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ def bench(
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Small random packs: one total, other active parameters; and the reverse.")
     ] = False,
-    memory: MEMORY = None,
-    kv_cache: KV_CACHE = "bf16",
-    cache_policy: CACHE_POLICY = "lru",
-    readers: READERS = 4,
-    lookahead: LOOKAHEAD = False,
+    memory: Memory = None,
+    kv_cache: KvCache = "bf16",
+    cache_policy: CachePolicy = None,
+    readers: Readers = None,
+    lookahead: Lookahead = False,
+    verify_always: VerifyAlways = False,
+    direct: Direct = None,
     warm_steps: Annotated[
         int | None,
         typer.Option(help="Steps before a streamed run (default: until all slots are full; 0: cold).", min=0),
@@ -45,7 +47,6 @@ def bench(
 
     from fewfire import bench as measure
     from fewfire.cli.output import note, print_json
-    from fewfire.cli.streaming import streaming
     from fewfire.sizes import parse_bytes
 
     if threads is not None:
@@ -70,7 +71,9 @@ def bench(
         batch=batch,
         memory=None if memory is None else parse_bytes(memory, name="--memory"),
         cache=kv_cache,
-        streaming=streaming(cache_policy, readers, lookahead),
+        streaming=make_streaming(
+            cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct
+        ),
         warm_steps=warm_steps,
         routing=routing,
         say=note,

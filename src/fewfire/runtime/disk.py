@@ -18,6 +18,7 @@ from fewfire.runtime.weights import huge_memory, open_file
 
 _READERS = 4
 _PIECE = 4 * 2**20  # as the store reads (native/store.cpp)
+PROBE_BYTES = _READERS * _PIECE
 _ROUND_BYTES, _ROUND_S = 24 * 2**20, 0.1  # of one measurement, whichever is over first
 _MOST_BYTES = 8 * 2**30  # of one probe: no disk reads more in its seconds
 _CLEARLY = 1.1  # O_DIRECT needs no copy and no page cache: the other way has to be faster by this
@@ -110,13 +111,15 @@ def _places(layout: Layout, seed: int) -> Callable[[], int]:
 
 
 def records_bytes_per_s(path: Path, layout: Layout, direct: bool, *, seconds: float = 0.5) -> float:
-    """The disk's yardstick beside a streamed run: bytes/s of whole records from random places, as `Access` reads them.
+    """The disk's yardstick beside a streamed run: bytes/s of records from random places, as `Access` reads them.
+
+    Takes PROBE_BYTES of memory meanwhile.
 
     Raises: ConfigError where the file cannot be read.
     """
     file = os.open(path, os.O_RDONLY | os.O_DIRECT) if direct else open_file(path)
     try:
-        size = min(layer.record_bytes for layer in layout.experts)
+        size = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
         return random_read_bytes_per_s(file, _places(layout, 7), size, seconds=seconds, most=_MOST_BYTES)
     finally:
         os.close(file)

@@ -13,7 +13,7 @@ from torch import nn
 from fewfire.config import RoutingProfile
 from fewfire.plan.hardware import Part, System
 from fewfire.plan.speed import bandwidth, decode_step, prefill
-from fewfire.plan.stream import Tier, stream, stream_prefill
+from fewfire.plan.stream import DISK_BYTES_PER_S, Tier, stream, stream_prefill
 from fewfire.plan.workload import Assumptions, Layout, Workload
 from fewfire.runtime.banks import StreamedExperts
 from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
@@ -66,10 +66,10 @@ def predict(
         step = decode_step(work, System(part, 1), Layout(), batch, assume)
         fill = prefill(work, System(part, 1), Layout(), prompt_tokens, assume)
         return Prediction(step.tokens_per_s, fill.tokens_per_s, step.bound, fill.bound, 1.0, 1.0)
-    assert part.disk_gbs is not None
+    disk = part.disk_gbs * 1e9 if part.disk_gbs else DISK_BYTES_PER_S
     tiers = (
         Tier("memory", module.experts.num_bytes, bandwidth(part, assume)),
-        Tier("disk", float("inf"), part.disk_gbs * 1e9),
+        Tier("disk", float("inf"), disk),
     )
     made = stream(work, part, tiers, batch, assume, hit_rate=hit_rate)
     assert made is not None, "StreamedExperts has room for two layers' experts"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fewfire.checkpoints.pack import EXPERTS
+from fewfire.errors import BudgetError
 from fewfire.kernels.isa import current_isa, native
 from fewfire.kernels.probe import int8_ops_per_s, kernel_rates, read_bytes_per_s
 from fewfire.plan.hardware import Part
@@ -30,7 +31,7 @@ from fewfire.plan.probe import (
     scratch_file,
 )
 from fewfire.runtime.banks import StreamedExperts
-from fewfire.runtime.disk import random_read_bytes_per_s, records_bytes_per_s
+from fewfire.runtime.disk import PROBE_BYTES, Access, random_read_bytes_per_s, records_bytes_per_s
 from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.weights import open_file
 
@@ -133,18 +134,20 @@ def read_own_bytes_per_s(module: NativeDecoder, *, seconds: float = _SHORT_S) ->
 
 
 def probe_part(
-    module: NativeDecoder, *, seconds: float = _SHORT_S, disk_seconds: float = 0.2, bandwidth: float | None = None
+    module: NativeDecoder, *, seconds: float = _SHORT_S, disk_seconds: float = 0.0, bandwidth: float | None = None
 ) -> Part:
-    """This machine as the planner's part, measured for what `module` needs, in about 0.3 s (0.2 s more where experts
-    stream). `bandwidth`: bytes/s of memory where they were measured already."""
+    """This machine as the planner's part, measured for what `module` needs, in about 0.3 s and some MB of memory.
+
+    `bandwidth`: bytes/s of memory where they were measured already. `disk_seconds`: of reading records where experts
+    stream, out of the memory budget; 0, or where that has no room: as fast as was found when the file was opened.
+    """
     pack, threads = module.pack, torch.get_num_threads()
     formats = {each.format for each in pack.layout.trunk}
     formats |= {matrix.format for layer in pack.layout.experts for matrix in layer.matrices}
     kernels = kernel_rates(threads, formats, seconds=seconds / 30)
     disk = None
     if isinstance(module.experts, StreamedExperts):
-        path = pack.folder / EXPERTS
-        disk = records_bytes_per_s(path, pack.layout, module.experts.access.is_direct, seconds=disk_seconds)
+        disk = _records_rate(module, module.experts.access, disk_seconds)
     return MachineProfile(
         host=platform.node(),
         date=datetime.date.today().isoformat(),
@@ -162,3 +165,15 @@ def probe_part(
         int8_ops_per_s=None,
         kernels=kernels,
     ).part()
+
+
+def _records_rate(module: NativeDecoder, access: Access, seconds: float) -> float | None:
+    known = access.bytes_per_s
+    if known is not None and not seconds:
+        return known
+    path, layout = module.pack.folder / EXPERTS, module.pack.layout
+    try:
+        with module.account.lent(PROBE_BYTES, "a probe of the disk"):
+            return records_bytes_per_s(path, layout, access.is_direct, seconds=seconds or _SHORT_S)
+    except BudgetError:
+        return known
