@@ -161,16 +161,3 @@ def test_more_than_the_context_is_refused(folders):
 def test_no_tokens_and_no_sequences(folders):
     model = load_pack(folders["olmoe", "q4"])
     assert model(torch.empty((1, 0), dtype=torch.int64)).shape == (1, 0, tiny_hub.VOCAB)
-
-
-def test_bench_counts_what_it_says(folders):
-    from fewfire.bench import bench
-
-    made = bench(folders["olmoe", "q4"], prompt_tokens=20, new_tokens=4, context=3, batch=2).to_json()
-    assert {"prefill_tokens_per_s", "decode_tokens_per_s", "bytes_per_token", "bandwidth_share", "compute_share",
-            "peak_rss_bytes", "load_s"} <= made.keys()  # fmt: skip
-    assert made["invariant"] and 0 < made["bandwidth_share"] < 1.5 and 0 < made["compute_share"] < 1
-    with pytest.raises(ConfigError, match="exceed the model's context of 128"):
-        bench(folders["olmoe", "q4"], prompt_tokens=129)
-    with pytest.raises(ConfigError, match="is no pack"):
-        bench("nowhere")

@@ -9,6 +9,8 @@ from fewfire.plan import here, limits, plan, probe
 from fewfire.plan.hardware import load_catalogue, parse_hardware
 from fewfire.plan.machine import rank
 from fewfire.plan.memory import choose_formats
+from fewfire.plan.rates import KernelRates
+from fewfire.plan.stream import expected_layer_s
 from fewfire.plan.workload import Workload
 
 CATALOGUE = load_catalogue()
@@ -64,6 +66,7 @@ def test_users_extend_and_override_the_catalogue(tmp_path, monkeypatch):
         ("[[part]]\nname = 'H100 SXM 80GB'\nprice_usd_per_hour = 0", "above zero"),
         ("[[part]]\nname = 'H100 SXM 80GB'\nbandwidth_gbs = 'fast'", "must be a number"),
         ("[[part]\n", "not a TOML"),
+        ("[[part]]\nname = 'H100 SXM 80GB'\nkernels = 1", "unknown key kernels"),
     ],
 )
 def test_a_bad_catalogue_is_one_line(tmp_path, text, words):
@@ -119,6 +122,33 @@ def test_hardware_here_uses_the_stored_profile(tmp_path, monkeypatch):
     here.profile_path().write_text(json.dumps({"isa": []}))
     with pytest.raises(FormatError, match="another version"):
         plan("olmoe-1b-7b", hardware="here")
+
+
+def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWFIRE_CACHE", str(tmp_path))
+    slow = KernelRates({"bf16": ((1, 1e9),), "q4": ((1, 2e9), (64, 4e9))}, float_ops_per_s=1e10, fork_join_s=1e-5)
+    made = {}
+    for name, kernels in (("peaks", None), ("measured", slow)):
+        here.store_profile(profile(kernels=kernels))
+        assert here.load_profile() == profile(kernels=kernels)
+        made[name] = plan("olmoe-1b-7b", quant="q4", hardware="here", memory="2GiB")
+    measured, peaks = made["measured"].machines[0], made["peaks"].machines[0]
+    assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
+    assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5, rel=0.2)
+    assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0
+    assert made["measured"].budget_streaming.seconds > measured.decode.seconds
+    here.store_profile(profile(kernels=slow))
+    document = json.loads(here.profile_path().read_text())
+    del document["kernels"]["product_ops_per_s"]["bf16"]
+    here.profile_path().write_text(json.dumps(document))
+    with pytest.raises(FormatError, match="another version"):
+        here.load_profile()
+
+
+def test_reads_of_a_layer_hide_behind_its_work():
+    assert expected_layer_s(8, 0.0, 1.0, 3.0) == 3.0
+    assert expected_layer_s(8, 1.0, 1.0, 2.0) == pytest.approx(8 + 2 / 8)  # all miss: the disk, then the last one
+    assert 3.0 < expected_layer_s(8, 0.5, 1.0, 3.0) < 8
 
 
 def test_a_cgroup_limit_bounds_this_machine():
