@@ -286,9 +286,10 @@ def test_padding_of_random_tiles_is_zero():
     from fewfire.quantize.init import RandomWeights
 
     source = RandomWeights(published.load("olmoe-1b-7b"), 0)
-    for name in ("q8", "q4", "mxfp4"):
+    for name in ("q8", "q4", "mxfp4", *formats.GGML_FORMATS):
         whole = formats.decode(source.encoded("x.weight", None, name, (20, 136)), name, (32, 256))
-        assert whole[:20, :136].any() and not whole[20:].any() and not whole[:, 136:].any(), name
+        end = 256 if name in ("q4_k", "q6_k") else 160 if name in formats.GGML_FORMATS else 136  # whole blocks
+        assert whole[:20, :136].any() and not whole[20:].any() and not whole[:, end:].any(), name
 
 
 def test_every_id_of_a_random_pack_decodes_to_its_own_text(tmp_path):

@@ -35,7 +35,7 @@ class Block(NamedTuple):
     rows: int = 1
 
 
-# q8, q4 and mxfp4 as a pack lays them out (docs/formats.md); GGUF's blocks as ggml defines them.
+# As a pack lays them out (docs/formats.md).
 FORMATS: dict[str, Block] = {
     "f32": Block(1, 4),
     "bf16": Block(1, 2),
@@ -44,14 +44,21 @@ FORMATS: dict[str, Block] = {
     "q8": Block(128, 2048 + 32, 16),
     "q4": Block(128, 1024 + 96, 16),
     "mxfp4": Block(128, 1024 + 64, 16),
+    "q4_0": Block(128, 1024 + 128, 16),
+    "q4_1": Block(128, 1024 + 256, 16),
+    "q8_0": Block(128, 2048 + 128, 16),
+    "q4_k": Block(256, 2048 + 256, 16),
+    "q6_k": Block(256, 3072 + 288, 16),
+}
+# How published checkpoints and GGUF files store what a pack lays out otherwise: row by row.
+NATIVE_BLOCKS = {
+    "mxfp4": Block(32, 17),
     "q4_0": Block(32, 18),
     "q4_1": Block(32, 20),
     "q8_0": Block(32, 34),
     "q4_k": Block(256, 144),
     "q6_k": Block(256, 210),
 }
-# How a published checkpoint stores what a pack lays out otherwise: 32 values and their exponent.
-NATIVE_BLOCKS = {"mxfp4": Block(32, 17)}
 PLAN_ONLY = ("fp16", "fp8")  # no pack is made of these
 UNQUANTIZED = ("f32", "bf16", "fp16")
 RECORD_ALIGNMENT = 4096  # an expert's record in a pack is padded to a multiple of this
