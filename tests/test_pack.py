@@ -211,8 +211,8 @@ def test_missing_files_are_refused(copy, name):
 
 
 def test_a_later_version_is_refused(copy):
-    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=3))
-    with pytest.raises(FormatError, match="is 3, this fewfire reads 2; update"):
+    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=4))
+    with pytest.raises(FormatError, match="is 4, this fewfire reads 3; update"):
         open_pack(copy)
 
 
@@ -220,6 +220,15 @@ HOSTILE = {
     "formats": lambda m: m["formats"].update(experts="q5"),
     "format of another type": lambda m: m["formats"].update(experts=["q4"]),
     "a role too many": lambda m: m["formats"].update(extra="q4"),
+    "quantized norms": lambda m: m["formats"].update(small="q8"),
+    "an override of another type": lambda m: m.update(overrides=["embed.weight"]),
+    "an override's format": lambda m: m["overrides"].update({"embed.weight": "fp8"}),
+    "an override's format of another type": lambda m: m["overrides"].update({"embed.weight": {}}),
+    "an override of nothing": lambda m: m["overrides"].update({"layers.9.ffn.experts.up": "q8"}),
+    "an override of one expert": lambda m: m["overrides"].update({"layers.0.ffn.experts.up[0]": "q8"}),
+    "an override that is not so": lambda m: m["overrides"].update({"layers.0.attention.q.weight": "bf16"}),
+    "a quantized norm": lambda m: m["overrides"].update({"norm.weight": "q8"}),
+    "a quantized router": lambda m: m["overrides"].update({"layers.0.ffn.router.weight": "q8"}),
     "other format": lambda m: m["formats"].update(experts="q8"),
     "offset": lambda m: m["experts"]["layers"][0].update(offset=1 << 62),
     "record size": lambda m: m["experts"]["layers"][1].update(record_bytes=-4096),

@@ -90,6 +90,7 @@ def write_pack(
             "made_by": f"fewfire {fewfire.__version__}",
             "source": origin,
             "formats": formats_to_json(formats),
+            "overrides": dict(formats.overrides),
             "files": atomic_files,
             "trunk": {"file": TRUNK, "bytes": layout.trunk_bytes, "checksums": trunk},
             "experts": {"file": EXPERTS, "bytes": layout.expert_bytes, "layers": experts},

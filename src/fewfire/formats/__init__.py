@@ -61,27 +61,42 @@ def encode(values: Tensor, name: str, *, record: str | None = None) -> Encoded:
     """
     check_format(name)
     rows = values.detach().reshape(-1, values.shape[-1]) if values.dim() else values.detach().reshape(1, 1)
-    finite = torch.isfinite(rows).all(dim=1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        column = int((~torch.isfinite(rows[row])).nonzero()[0])
-        raise FormatError(
-            f"holds {float(rows[row, column])} in row {row}, column {column}; a weight must be a number: "
-            "repair the checkpoint",
-            record=record,
-        )
+    _check_numbers(rows, 1, record)
     if name in _PLAIN:
         return Encoded(rows.to(_PLAIN[name]).contiguous().reshape(-1).view(torch.uint8), _NO_BYTES)
     one = _TILED[name][0] if name in _TILED else lambda part: ggml_tiles.to_tiles(ggml.encode(part, name), name)
     return _in_chunks(lambda part: one(part.float()), rows, rows.shape[1])
 
 
-def transcode(rows: Tensor, name: str) -> Encoded:
-    """What packs hold of rows (uint8 (N, bytes)) of whole ggml blocks of format `name`: the same bits, or for ggml's mxfp4
-    the same values."""
+def transcode(rows: Tensor, name: str, *, record: str | None = None) -> Encoded:
+    """What packs hold of rows (uint8 (N, bytes)) of whole ggml blocks of format `name`: the same bits, or, of ggml's
+    mxfp4, the same values. `record` is for errors.
+
+    Raises: FormatError for blocks whose values are no numbers.
+    """
     block = NATIVE_BLOCKS[name]
     columns = rows.shape[1] // block.num_bytes * block.columns
-    return _in_chunks(lambda part: ggml_tiles.to_tiles(part, name), rows, columns)
+    made = _in_chunks(lambda part: ggml_tiles.to_tiles(part, name), rows, columns)
+    if name == "mxfp4":  # a large exponent overflows with a large code only
+        _check_numbers(decode(made, name, (rows.shape[0], columns)), 1, record)
+    else:
+        for numbers in ggml.scales(rows, name):
+            _check_numbers(numbers, ggml.FORMS[name].run, record)
+    return made
+
+
+def _check_numbers(values: Tensor | None, columns: int, record: str | None) -> None:
+    """Raise FormatError for the first of `values` (N, n) that is none; each belongs to as many `columns`."""
+    finite = None if values is None else torch.isfinite(values)
+    if values is None or finite is None or bool(finite.all()):
+        return
+    row = int((~finite.all(dim=1)).nonzero()[0])
+    at = int((~finite[row]).nonzero()[0])
+    raise FormatError(
+        f"holds {float(values[row, at])} in row {row}, column {at * columns}; a weight must be a number: "
+        "repair the checkpoint",
+        record=record,
+    )
 
 
 def _in_chunks(one: Callable[[Tensor], Encoded], rows: Tensor, columns: int) -> Encoded:

@@ -19,8 +19,8 @@ from fewfire.plan.memory import NATIVE_BLOCKS
 
 
 class Blocks(NamedTuple):
-    """Rows of blocks taken apart. `codes` int32 (N, Q): four columns a word, a byte each, the first the lowest; 0 is the
-    lowest code. `scales` uint8 (N, blocks, bytes): what else each block holds, in its order."""
+    """Rows of blocks taken apart. `codes` int32 (N, Q): four columns a word, a byte each, the first in the lowest;
+    codes count from 0. `scales` uint8 (N, blocks, bytes): what else each block holds, in its order."""
 
     codes: Tensor
     scales: Tensor
@@ -68,7 +68,7 @@ def row_bytes(name: str, columns: int) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- apart
 
-# Masks of four bytes. Words of four columns instead of bytes: everything that permutes or masks them is four times faster.
+# Masks of four bytes. Words of four columns are permuted and masked about four times as fast as bytes.
 NIBBLES, PAIRS, SIGNS = 0x0F0F0F0F, 0x03030303, 0x80808080 - 2**32
 
 
@@ -118,6 +118,14 @@ def _pack_six(codes: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------- values
+
+
+def scales(rows: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """Scales and minima (or None), float32 (N, P), of rows of whole blocks."""
+    form = FORMS[name]
+    blocks = rows.reshape(rows.shape[0], -1, NATIVE_BLOCKS[name].num_bytes)
+    made, minima = _SCALES[name](blocks[..., -form.after :] if form.after else blocks[..., : form.before])
+    return made.flatten(1), None if minima is None else minima.flatten(1)
 
 
 def runs(blocks: Blocks, name: str) -> Runs:
