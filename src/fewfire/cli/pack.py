@@ -38,10 +38,10 @@ def pack(
 ) -> None:
     """Quantize a checkpoint, or carry a GGUF file over, into a pack, tensor by tensor.
 
-    Nothing is left in OUT unless all of it was written.
+    Nothing is in OUT before all of it was written. Interrupted, the same command goes on where it stopped.
     """
     from fewfire import api
-    from fewfire.cli.output import console
+    from fewfire.cli.output import console, note
     from fewfire.cli.writing import Writing
     from fewfire.quantize import pack as run
 
@@ -57,6 +57,7 @@ def pack(
             layers=layers,
             ignore=tuple(ignore_key or ()),
             report=report,
+            say=note,
         )
     if not as_json and packed.kept:
         console(stderr=True).print(_kept_table(packed))
@@ -97,7 +98,11 @@ def show(packed: Packed, as_json: bool) -> None:
             for (place, part, name), loss in packed.losses.items()
         ]
         document = {"path": str(packed.path), "bytes": packed.num_bytes, "formats": names}
-        document |= {"overrides": len(packed.formats.overrides), "losses": losses}
+        document |= {
+            "overrides": len(packed.formats.overrides),
+            "resumed_bytes": packed.resumed_bytes,
+            "losses": losses,
+        }
         print_json(document | {"kept": [asdict(each) for each in packed.kept]})
         return
     spelled = ", ".join(f"{part} {name}" for part, name in names.items())

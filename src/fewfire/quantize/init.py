@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewfire.checkpoints.pack_writer import Report, write_pack
+from fewfire.checkpoints.unfinished import Say
 from fewfire.config import ModelConfig
 from fewfire.families import published
 from fewfire.formats import Encoded, encode, ggml_tiles, sizes
@@ -42,23 +43,28 @@ def initialise(
     down: str | None = None,
     head: str | None = None,
     report: Report | None = None,
+    say: Say = lambda line: None,
 ) -> Packed:
     """Write a random pack of the published model `name` (or its first `layers` layers) as the folder `out`.
 
-    Its tokenizer has one distinct text for every id. Formats as `choose_formats`.
+    Its tokenizer has one distinct text for every id. Formats as `choose_formats`. Interrupted, it goes on with the next
+    equal call.
     Raises: ConfigError for names and formats, BudgetError on a full disk.
     """
     config = cut_layers(published.load(name), layers)
     formats = choose_formats(config, quant, experts=experts, trunk=trunk, down=down, head=head)
-    write_pack(
+    resumed = write_pack(
         out,
         RandomWeights(config, seed),
         formats,
         tokenizer_files=plain_tokenizer(config.vocab_size),
         origin=f"random weights of {name}, seed {seed}",
         report=report,
+        identity={"names and seeds": [name, seed]},
+        say=say,
     )
-    return Packed(Path(out), formats, sum(path.stat().st_size for path in Path(out).iterdir()), {})
+    num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
+    return Packed(Path(out), formats, num_bytes, {}, resumed_bytes=resumed)
 
 
 class RandomWeights:

@@ -46,6 +46,11 @@ class GgufCheckpoint:
     table: tuple[Slot, ...]
     ignored: tuple[str, ...]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what it is."""
+        return [self.header.path]
+
     def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> None:
         """Give every parameter and buffer of `module`, built on the meta device, its values: each is made once.
 
