@@ -92,7 +92,7 @@ def load(folder: Path) -> float:
 PEAK = """
 import sys
 import torch
-from fewfire.runtime.generate import peak_rss_bytes
+from fewfire.plan.limits import peak_rss_bytes
 from fewfire.runtime.load import load_module
 module = load_module(sys.argv[1])
 resident = sum(v.numel() * v.element_size() for v in module.state_dict().values())

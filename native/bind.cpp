@@ -2,6 +2,7 @@
 // strides, and an integer argument costs a hundredth of a tensor. Nothing here checks them again.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -25,6 +26,7 @@
 #include "parallel.hpp"
 #include "pool.hpp"
 #include "reading.hpp"
+#include "store.hpp"
 #include "workspace.hpp"
 
 namespace nb = nanobind;
@@ -201,6 +203,12 @@ std::int64_t probe_read(std::uintptr_t bytes, std::int64_t count, std::int64_t n
 
 std::uint32_t crc32c(std::uint32_t before, std::uintptr_t bytes, std::int64_t count) {
     return table().crc32c(before, pointer<const std::uint8_t>(bytes), count);
+}
+
+// (bytes read, errno).
+std::tuple<std::int64_t, int> read_plain(int file, std::int64_t offset, std::int64_t count, std::uintptr_t to) {
+    const fewfire::ReadResult made = fewfire::read_record(file, offset, count, pointer<std::uint8_t>(to), false);
+    return {made.done, made.error};
 }
 
 // (bytes read, errno, checksum).
@@ -394,17 +402,86 @@ void step(fewfire::Engine& engine, std::uintptr_t ids, std::uintptr_t positions,
     engine.step(tokens, pointer<float>(hidden), made, num_threads);
 }
 
-std::unique_ptr<fewfire::ResidentExperts> resident_experts(const std::vector<std::uintptr_t>& layers,
-                                                           std::vector<std::int64_t> record_bytes) {
-    std::vector<const std::uint8_t*> records;
-    for (const std::uintptr_t layer : layers) records.push_back(pointer<const std::uint8_t>(layer));
-    return std::make_unique<fewfire::ResidentExperts>(std::move(records), std::move(record_bytes));
+using RecordLayers = std::vector<std::array<std::int64_t, 3>>;  // offset, record bytes, experts
+
+std::vector<fewfire::RecordLayer> layers_of(const RecordLayers& layers) {
+    std::vector<fewfire::RecordLayer> made;
+    for (const auto& [offset, record_bytes, num_experts] : layers) made.push_back({offset, record_bytes, num_experts});
+    return made;
 }
 
 void head(fewfire::Engine& engine, std::uintptr_t hidden, std::int64_t count, std::uintptr_t logits,
           std::int64_t num_threads) {
     engine.head(pointer<float>(hidden), count, pointer<float>(logits), num_threads);
 }
+
+// ------------------------------------------------------------------------------------------------------ the store
+
+fewfire::StoreSettings settings_of(const Fields& from) {
+    fewfire::StoreSettings to;
+    to.file = from.value<int>("file");
+    to.drops_cache = from.flag("drops_cache");
+    to.always_verifies = from.flag("always_verifies"), to.num_readers = from.value<int>("num_readers");
+    to.capacity = from.count("capacity");
+    to.memory = pointer<std::uint8_t>(from.value<std::uintptr_t>("memory")), to.slot_bytes = from.count("slot_bytes");
+    to.policy = static_cast<fewfire::CachePolicy>(from.value<int>("policy")), to.looks_ahead = from.flag("looks_ahead");
+    return to;
+}
+
+using Counts = std::array<std::int64_t, 4>;  // hits, misses, useful and wasted prefetches
+
+std::vector<Counts> layer_counts(const std::vector<fewfire::LayerCounts>& layers) {
+    std::vector<Counts> made;
+    for (const fewfire::LayerCounts& each : layers) {
+        made.push_back({each.hits, each.misses, each.prefetch_useful, each.prefetch_wasted});
+    }
+    return made;
+}
+
+// (of each layer, bytes read, evictions, late prefetches, stall seconds, whether it looks ahead, slots that were used).
+auto source_counts(fewfire::ExpertSource& source) {
+    const fewfire::SourceCounts made = source.counts();
+    return std::tuple{layer_counts(made.layers), made.bytes_read, made.evictions, made.late, made.stall_s, made.looks_ahead,
+                      made.slots_used};
+}
+
+// Events are (layer, first, count, in order, reads ahead); returns (of each layer, evictions).
+auto simulate(int policy, const std::vector<std::int64_t>& first_ids, std::int64_t capacity,
+              const std::vector<std::tuple<int, std::int64_t, std::int64_t, bool, bool>>& events,
+              const std::vector<std::int32_t>& experts) {
+    std::vector<fewfire::TraceEvent> made;
+    for (const auto& [layer, first, count, in_order, ahead] : events) made.push_back({layer, first, count, in_order, ahead});
+    const fewfire::Simulated result =
+        fewfire::simulate(static_cast<fewfire::CachePolicy>(policy), first_ids, capacity, made, experts);
+    return std::pair{layer_counts(result.layers), result.evictions};
+}
+
+// One layer's experts for whoever runs the rest: values (tokens, model_dim), chosen int32 and weights (tokens, top_k), out.
+class ExpertBank {
+public:
+    ExpertBank(const nb::dict& layout, int layer, fewfire::ExpertSource* source)
+        : layout_(layout_of(Fields(layout))), layer_(layer), source_(source) {}
+
+    void run(std::uintptr_t values, std::uintptr_t chosen, std::uintptr_t weights, std::int64_t tokens, std::int64_t top_k,
+             bool is_input_weighted, std::uintptr_t out, std::int64_t num_threads) {
+        const std::int64_t dim = layout_.up.columns;
+        fewfire::Rows rows = rows_.reserve(tokens, dim);
+        rows.values = pointer<float>(values), rows.stride = dim;
+        fewfire::make_rows(rows, num_threads, [](std::int64_t) {});
+        const fewfire::Assignment assignment{pointer<const std::int32_t>(chosen), pointer<const float>(weights), tokens,
+                                             top_k, is_input_weighted};
+        fewfire::ExpertRun run(layout_, rows, assignment, room_, num_threads);
+        run.want(layer_, *source_);
+        run.finish(*source_, pointer<float>(out), dim);
+    }
+
+private:
+    fewfire::ExpertLayout layout_;
+    int layer_;
+    fewfire::ExpertSource* source_;
+    fewfire::QuantizedRows rows_;
+    fewfire::ExpertWorkspace room_;
+};
 
 }  // namespace
 
@@ -427,10 +504,46 @@ NB_MODULE(_native, m) {
     m.def("probe_float", &probe_float, unlocked);
     m.def("crc32c", &crc32c, unlocked);
     m.def("read_checked", &read_checked, unlocked);
+    m.def("read_plain", &read_plain, unlocked);
     m.def("pool_size", [] { return fewfire::Pool::shared().size(); });
-    nb::class_<fewfire::ExpertSource>(m, "ExpertSource");
+    nb::class_<fewfire::ExpertSource>(m, "ExpertSource").def("counts", &source_counts);
     nb::class_<fewfire::ResidentExperts, fewfire::ExpertSource>(m, "ResidentExperts")
-        .def(nb::new_(&resident_experts), "layers"_a, "record_bytes"_a);
+        .def(
+            "__init__",
+            [](fewfire::ResidentExperts* self, const RecordLayers& layers, std::vector<std::uint32_t> checksums,
+               std::uintptr_t memory, const nb::object&) {
+                new (self) fewfire::ResidentExperts(pointer<const std::uint8_t>(memory), layers_of(layers), std::move(checksums));
+            },
+            "layers"_a, "checksums"_a, "memory"_a, "owner"_a, nb::keep_alive<1, 5>())
+        .def("verify", [](fewfire::ResidentExperts& experts) { experts.verify(); }, unlocked);
+    nb::class_<fewfire::ExpertStore, fewfire::ExpertSource>(m, "ExpertStore")
+        .def(
+            "__init__",
+            [](fewfire::ExpertStore* self, const RecordLayers& layers, std::vector<std::uint32_t> checksums,
+               const nb::dict& settings, const nb::object&) {
+                new (self) fewfire::ExpertStore(layers_of(layers), std::move(checksums), settings_of(Fields(settings)));
+            },
+            "layers"_a, "checksums"_a, "settings"_a, "owner"_a, nb::keep_alive<1, 5>())
+        .def("set_capacity", &fewfire::ExpertStore::set_capacity, unlocked)
+        .def("seed", &fewfire::ExpertStore::seed, unlocked)
+        .def("residents", &fewfire::ExpertStore::residents);
+    m.def("simulate", &simulate, unlocked);
+    // args: kind (0 the system, 1 the file's end, 2 a checksum), layer, expert, offset, errno.
+    nb::exception<fewfire::ReadError>(m, "ReadError");
+    nb::register_exception_translator(
+        [](const std::exception_ptr& pointer, void*) {
+            try {
+                std::rethrow_exception(pointer);
+            } catch (const fewfire::ReadError& error) {
+                const nb::object type = nb::module_::import_("fewfire._native").attr("ReadError");
+                const nb::tuple args = nb::make_tuple(static_cast<int>(error.kind), error.layer, error.expert, error.offset, error.error);
+                PyErr_SetObject(type.ptr(), args.ptr());
+            }
+        },
+        nullptr);
+    nb::class_<ExpertBank>(m, "ExpertBank")
+        .def(nb::init<const nb::dict&, int, fewfire::ExpertSource*>(), nb::keep_alive<1, 4>())
+        .def("run", &ExpertBank::run, unlocked);
     nb::class_<fewfire::Engine>(m, "Engine")
         .def(
             "__init__",

@@ -1,13 +1,17 @@
 #include "engine.hpp"
 
-#include <cmath>
+#include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <vector>
 
 #include "dispatch.hpp"
 #include "step.hpp"
 
 namespace fewfire {
 namespace {
+
+constexpr std::int64_t kLookaheadTokens = 16;  // beyond, a layer wants most experts anyway
 
 CacheShape cache_shape(const LayerSpec& layer, CacheFormat format) {
     if (layer.is_latent) return {format, true, layer.latent.kv_rank + layer.latent.rope_dim, layer.latent.kv_rank};
@@ -36,13 +40,34 @@ void embed(Step& step) {
     });
 }
 
-void run_moe(const MoeSpec& spec, int layer, ExpertSource& source, const NormSpec& post_norm, Step& step) {
+// The experts of the next MoE layer, as its router would choose for what this layer starts from: what it will probably
+// want. The choice of this layer is not touched.
+void look_ahead(const LayerSpec& next, int number, ExpertSource& source, Step& step) {
+    const std::int64_t dim = step.model.model_dim, count = step.count(), k = next.moe.router.top_k;
+    Rows rows = step.room.guess.reserve(count, dim);
+    for (std::int64_t t = 0; t < count; ++t) normalise_row(next.ffn_norm, step.room.x.data() + t * step.stride(), dim, rows.row(t));
+    if (!next.moe.router.weight.is_plain()) make_rows(rows, step.num_threads, [](std::int64_t) {});
+    std::vector<std::int32_t> chosen(static_cast<std::size_t>(count * k));
+    std::vector<float> weights(static_cast<std::size_t>(count * k));
+    choose(next.moe.router, rows, step.room.guess_logits.reserve(count * next.moe.router.num_experts), chosen.data(),
+           weights.data(), step);
+    std::sort(chosen.begin(), chosen.end());
+    chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
+    source.prefetch(number, chosen.data(), static_cast<int>(chosen.size()));
+}
+
+void run_moe(const LayerSpec& layer_spec, const LayerSpec* next, int layer, ExpertSource& source, Step& step) {
+    const MoeSpec& spec = layer_spec.moe;
     route(spec.router, step);
     step.mark(Phase::kRoute);
     const Assignment assignment{step.room.chosen.data(), step.room.weights.data(), step.count(), spec.router.top_k,
                                 spec.router.is_input_weighted};
     ExpertRun run(spec.experts, step.normed, assignment, step.room.experts, step.num_threads);
     run.want(layer, source);
+    if (next != nullptr && source.lookahead() > 0 && step.count() <= kLookaheadTokens) {
+        look_ahead(*next, layer + 1, source, step);
+        step.mark(Phase::kRoute);
+    }
     float* sums = step.room.sums.reserve(step.count() * step.stride());
     if (spec.has_shared) {  // while experts arrive from disk
         feed(spec.shared, spec.shared_gate, step);
@@ -60,7 +85,7 @@ void run_moe(const MoeSpec& spec, int layer, ExpertSource& source, const NormSpe
                                            1.0f, step.model.model_dim);
         });
     }
-    add_to_residual(post_norm, nullptr, step);
+    add_to_residual(layer_spec.ffn_post_norm, nullptr, step);
     step.mark(Phase::kExperts);
 }
 
@@ -101,6 +126,7 @@ Engine::Engine(ModelSpec spec, ExpertSource* experts)
 Engine::~Engine() = default;
 
 void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std::int64_t num_threads) {
+    const auto start = std::chrono::steady_clock::now();
     Step step{tokens, spec_, *room_, timings_, routes, num_threads};
     int moe = 0;
     embed(step);
@@ -116,7 +142,7 @@ void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std
         step.mark(Phase::kOut);
         normalise(layer.ffn_norm, step);
         if (layer.is_moe) {
-            run_moe(layer.moe, moe++, *experts_, layer.ffn_post_norm, step);
+            run_moe(layer, next_moe(number), moe++, *experts_, step);
         } else {
             feed(layer.dense, Matrix{}, step);
             add_to_residual(layer.ffn_post_norm, nullptr, step);
@@ -127,6 +153,16 @@ void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std
         normalise_row(spec_.norm, room_->x.data() + t * step.stride(), spec_.model_dim, hidden + t * spec_.model_dim);
     });
     step.mark(Phase::kNorm);
+    if (experts_ != nullptr) {
+        experts_->end_step(tokens.count, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+}
+
+const LayerSpec* Engine::next_moe(std::size_t number) const {
+    for (std::size_t at = number + 1; at < spec_.layers.size(); ++at) {
+        if (spec_.layers[at].is_moe) return &spec_.layers[at];
+    }
+    return nullptr;
 }
 
 void Engine::head(float* hidden, std::int64_t count, float* logits, std::int64_t num_threads) {

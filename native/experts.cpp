@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "dispatch.hpp"
 #include "pool.hpp"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr std::int64_t kBatchSlots = 1024;  // hidden rows that are made before they are used
 constexpr std::int64_t kLooseSlots = 512;   // up to here every slot's output is kept, and experts may come in any order
+constexpr std::int64_t kDenseSlots = 6;     // slots an expert from which nearly all experts are wanted
 
 // Numbers [first, first + count) of a vector of a record as float32, in `room` unless they lie so already.
 const float* read_vector(const RecordVector& vector, const std::uint8_t* record, std::int64_t first, std::int64_t count,
@@ -50,9 +52,13 @@ ExpertRun::ExpertRun(const ExpertLayout& layout, const Activations& acts, const 
     sort_slots();
 }
 
+Demand ExpertRun::demand() const {
+    const std::int64_t slots = room_.starts.back();
+    return {slots > kLooseSlots, slots >= kDenseSlots * layout_.num_experts};
+}
+
 void ExpertRun::want(int layer, ExpertSource& source) {
-    const bool in_order = room_.starts.back() > kLooseSlots;
-    if (!room_.busy.empty()) source.want(layer, room_.busy.data(), static_cast<int>(room_.busy.size()), in_order);
+    if (!room_.busy.empty()) source.want(layer, room_.busy.data(), static_cast<int>(room_.busy.size()), demand());
 }
 
 void ExpertRun::finish(ExpertSource& source, float* sums, std::int64_t stride) {
@@ -61,7 +67,7 @@ void ExpertRun::finish(ExpertSource& source, float* sums, std::int64_t stride) {
         std::memset(sums_ + begin * stride_, 0, static_cast<std::size_t>((end - begin) * stride_) * 4);
     });
     const int wanted = static_cast<int>(room_.busy.size());
-    const bool in_order = room_.starts.back() > kLooseSlots;
+    const bool in_order = demand().in_order;
     std::vector<std::int32_t> experts(static_cast<std::size_t>(wanted));
     std::vector<const std::uint8_t*> records(static_cast<std::size_t>(wanted));
     bool kept = false;
@@ -242,20 +248,67 @@ void ExpertRun::add_outputs(const std::vector<Segment>& segments, std::int64_t b
     });
 }
 
-void ResidentExperts::want(int layer, const std::int32_t* experts, int count, bool) {
+ResidentExperts::ResidentExperts(const std::uint8_t* memory, std::vector<RecordLayer> layers,
+                                 std::vector<std::uint32_t> checksums)
+    : memory_(memory), layers_(std::move(layers)), checksums_(std::move(checksums)), verified_(checksums_.size(), 0), counts_(layers_.size()) {
+    first_ids_.push_back(0);
+    for (const RecordLayer& layer : layers_) first_ids_.push_back(first_ids_.back() + layer.num_experts);
+}
+
+const std::uint8_t* ResidentExperts::record(int layer, std::int32_t expert) const {
+    const RecordLayer& of = layers_[static_cast<std::size_t>(layer)];
+    return memory_ + of.offset + expert * of.record_bytes;
+}
+
+void ResidentExperts::want(int layer, const std::int32_t* experts, int count, const Demand&) {
     layer_ = layer;
     wanted_.assign(experts, experts + count);
     taken_ = 0;
+    counts_[static_cast<std::size_t>(layer)].hits += count;
+    verify(layer, experts, count);
 }
 
 int ResidentExperts::take(int most, std::int32_t* experts, const std::uint8_t** records) {
-    const auto at = static_cast<std::size_t>(layer_);
     int count = 0;
     for (; count < most && taken_ < wanted_.size(); ++count, ++taken_) {
         experts[count] = wanted_[taken_];
-        records[count] = layers_[at] + experts[count] * record_bytes_[at];
+        records[count] = record(layer_, experts[count]);
     }
     return count;
+}
+
+SourceCounts ResidentExperts::counts() {
+    SourceCounts made;
+    made.layers = counts_;
+    return made;
+}
+
+void ResidentExperts::verify() {
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+        std::vector<std::int32_t> all(static_cast<std::size_t>(layers_[layer].num_experts));
+        std::iota(all.begin(), all.end(), 0);
+        verify(static_cast<int>(layer), all.data(), static_cast<std::int64_t>(all.size()));
+    }
+}
+
+void ResidentExperts::verify(int layer, const std::int32_t* experts, std::int64_t count) {
+    const RecordLayer& of = layers_[static_cast<std::size_t>(layer)];
+    const std::int64_t first = first_ids_[static_cast<std::size_t>(layer)];
+    std::vector<std::int32_t> open;
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (verified_[static_cast<std::size_t>(first + experts[i])] == 0) open.push_back(experts[i]);
+    }
+    if (open.empty()) return;
+    Pool::shared().run(0, static_cast<std::int64_t>(open.size()), 1, [&](std::int64_t i, std::int64_t, int) {
+        const std::int32_t expert = open[static_cast<std::size_t>(i)];
+        const auto id = static_cast<std::size_t>(first + expert);
+        verified_[id] = table().crc32c(0, record(layer, expert), of.record_bytes) == checksums_[id] ? 1 : 0;
+    });
+    for (const std::int32_t expert : open) {
+        if (verified_[static_cast<std::size_t>(first + expert)] == 0) {
+            throw ReadError(ReadError::Kind::kChecksum, layer, expert, of.offset + expert * of.record_bytes, 0);
+        }
+    }
 }
 
 }  // namespace fewfire

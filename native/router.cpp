@@ -111,12 +111,9 @@ void replay(const Element*& from, Element* to, std::int64_t count) {
 
 }  // namespace
 
-void route(const RouterSpec& spec, Step& step) {
+void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step) {
     const std::int64_t count = step.count(), k = spec.top_k, experts = spec.num_experts;
-    float* logits = step.room.logits.reserve(count * experts);
-    std::int32_t* chosen = step.room.chosen.reserve(count * k);
-    float* weights = step.room.weights.reserve(count * k);
-    const auto choose = [&](std::int64_t begin, std::int64_t end) {
+    const auto route_tokens = [&](std::int64_t begin, std::int64_t end) {
         Choice room(spec);
         for (std::int64_t t = begin; t < end; ++t) {
             float* row = logits + t * experts;
@@ -125,17 +122,25 @@ void route(const RouterSpec& spec, Step& step) {
         }
     };
     if (!spec.weight.is_plain() || count == 1) {
-        step.linear(spec.weight, step.normed, logits, experts);
-        step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int) { choose(begin, end); });
-    } else {  // by tokens
-        step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int worker) {
-            Activations some = step.normed;
-            some.values += begin * some.stride;
-            some.tiles.count = end - begin;
-            multiply(spec.weight, 0, spec.weight.blocks(), some, logits + begin * experts, experts, worker);
-            choose(begin, end);
-        });
+        step.linear(spec.weight, rows, logits, experts);
+        step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int) { route_tokens(begin, end); });
+        return;
     }
+    step.parallel(count, row_grain(count), [&](std::int64_t begin, std::int64_t end, int worker) {
+        Activations some = rows;
+        some.values += begin * some.stride;
+        some.tiles.count = end - begin;
+        multiply(spec.weight, 0, spec.weight.blocks(), some, logits + begin * experts, experts, worker);
+        route_tokens(begin, end);
+    });
+}
+
+void route(const RouterSpec& spec, Step& step) {
+    const std::int64_t count = step.count(), k = spec.top_k, experts = spec.num_experts;
+    float* logits = step.room.logits.reserve(count * experts);
+    std::int32_t* chosen = step.room.chosen.reserve(count * k);
+    float* weights = step.room.weights.reserve(count * k);
+    choose(spec, step.normed, logits, chosen, weights, step);
     replay(step.routes.replay_ids, chosen, count * k);
     replay(step.routes.replay_weights, weights, count * k);
     record(step.routes.ids, chosen, count * k);

@@ -142,14 +142,16 @@ def test_what_has_no_native_step_runs_on_torch_with_a_reason(tmp_path):
     assert not isinstance(module, NativeDecoder)
 
 
-def test_damaged_records_are_refused_before_anything_runs(tmp_path):
+def test_damaged_records_are_refused_before_they_are_used(tmp_path):
     hub = tiny_hub.save(tiny_hub.make("olmoe", num_attention_heads=2), tmp_path / "hub")
     pack(hub, tmp_path / "pack")
     raw = bytearray((tmp_path / "pack" / EXPERTS).read_bytes())
     raw[open_pack(tmp_path / "pack").layout.experts[0].record_offset(1) + 9] ^= 1
     (tmp_path / "pack" / EXPERTS).write_bytes(raw)
-    with pytest.raises(FormatError, match=r"experts\[1\]"):
-        load_pack(tmp_path / "pack")
+    model = load_pack(tmp_path / "pack")
+    for damaged in (model.experts.verify, lambda: model(draw_ids(1, 60))):
+        with pytest.raises(FormatError, match=r"experts.bin: layers.0.ffn.experts\[1\]: byte \d+: is not what was"):
+            damaged()
 
 
 def test_more_than_the_context_is_refused(folders):

@@ -20,7 +20,8 @@ from fewfire.config import (
 from fewfire.errors import ConfigError, FewfireError
 from fewfire.model.decoder import Decoder
 from fewfire.model.initialise import initialise
-from fewfire.runtime.generate import Generation, Limits, peak_rss_bytes
+from fewfire.plan.limits import peak_rss_bytes
+from fewfire.runtime.generate import Generation, Limits
 from fewfire.runtime.sampling import (
     Sampler,
     Sampling,

@@ -29,6 +29,7 @@ from fewfire.formats import ggml
 from fewfire.plan.memory import NATIVE_BLOCKS, decode_trunk_bytes, weight_bytes
 from fewfire.plan.shapes import model_tensors
 from fewfire.quantize import pack
+from fewfire.runtime.banks import StreamedExperts, Streaming
 from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.load import fill_module
 from fewfire.runtime.lower import why_not_native
@@ -207,6 +208,22 @@ def test_the_native_engine_runs_them(packs, name, restore_isa):
     assert found and all(torch.equal(each, found[0]) for each in found)
     errors = (found[0] - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert float(errors.median()) < 3e-2, errors.median()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("llama")])
+def test_experts_on_disk_give_the_same_bits(packs, name):
+    """Records of layers differ in size and formats; a slot holds any of them."""
+    _, opened = packs(name)
+    ids = torch.randint(0, reference.VOCAB, (2, 48), generator=torch.Generator().manual_seed(1))
+    expected, decoder = NativeDecoder(opened)(ids), NativeDecoder(opened)
+    for slots, lookahead in ((2, False), (5, True)):
+        experts = StreamedExperts(
+            opened, slots * max(each.record_bytes for each in opened.layout.experts), Streaming(lookahead=lookahead)
+        )
+        decoder.use(experts)
+        decoder.account.experts = None  # so many slots, whatever the budget
+        assert torch.equal(decoder(ids), expected), slots
+        assert experts.counts().total.misses > slots and experts.slots <= slots
 
 
 @pytest.mark.parametrize("name", CASES)

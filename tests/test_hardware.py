@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fewfire.errors import ConfigError, FormatError
-from fewfire.plan import here, plan, probe
+from fewfire.plan import here, limits, plan, probe
 from fewfire.plan.hardware import load_catalogue, parse_hardware
 from fewfire.plan.machine import rank
 from fewfire.plan.memory import choose_formats
@@ -132,12 +132,12 @@ def test_the_tightest_cgroup_limit_counts(tmp_path):
     for folder, text in (("a", "1000000"), ("a/b", "max")):
         (tmp_path / "sys/fs/cgroup" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "sys/fs/cgroup" / folder / "memory.max").write_text(text)
-    assert probe.memory_limit(tmp_path) == 1_000_000
+    assert limits.memory_limit(tmp_path) == 1_000_000
     (tmp_path / "proc/self/cgroup").write_text("4:memory:/c\n")
     (tmp_path / "sys/fs/cgroup/memory/c").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory/c/memory.limit_in_bytes").write_text("9223372036854771712")
-    assert probe.memory_limit(tmp_path) is None
-    assert probe.memory_limit(tmp_path / "nowhere") is None
+    assert limits.memory_limit(tmp_path) is None
+    assert limits.memory_limit(tmp_path / "nowhere") is None
 
 
 def test_cpuinfo_is_read_by_our_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import torch
 from fewfire.checkpoints.pack_writer import write_pack
 from fewfire.config import (
     AttentionConfig,
+    DeltaNetConfig,
     FeedForwardConfig,
     GroupConfig,
     IndexerConfig,
     LatentAttentionConfig,
     LayerConfig,
+    LightningConfig,
+    LstmConfig,
+    MambaConfig,
     ModelConfig,
     MoEConfig,
     NormConfig,
+    RelativeBiasConfig,
     RopeConfig,
     RouterConfig,
 )
@@ -117,6 +123,28 @@ MODELS: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 
+BIAS = RelativeBiasConfig(8, 16, owner=True)
+APART = dict(rope=None, num_kv_heads=4, scale=1.0)
+SWITCHED = dict(renormalize=False, top_k=1, capacity=5)
+# What torch runs around native experts.
+HYBRIDS: dict[str, ModelConfig] = {
+    "qwen3_next": model((DeltaNetConfig(2, 4, 8, 8, 4), moe()), (attention(), moe(shared=24, gate=True))),
+    "jamba": model((MambaConfig(32, 6, 4, 3, True, True), moe()), (attention(rope=None), swiglu())),
+    "minimax": model(
+        (LightningConfig(3, 16), moe(**SELECTED)), (attention(), moe(**SELECTED)),
+        normed_residual=(3.5, 3.5, 3.5, 1.0, 1.0, 1.0),
+    ),
+    "lstm": model((LstmConfig(64), moe(score="noisy_softmax", renormalize=False)), (LstmConfig(DIM), None)),
+    "switch": ModelConfig(
+        "fewfire", VOCAB, DIM,
+        (LayerConfig(attention(relative_bias=BIAS, **APART), moe(**SWITCHED), attention(causal=False, **APART)),),
+        RMS, True, CONTEXT,
+        encoder=(LayerConfig(attention(causal=False, relative_bias=BIAS, **APART), moe(**SWITCHED)),),
+        decoder_start_token_id=0,
+    ),
+}  # fmt: skip
+
+
 class ModuleSource:
     """A pack's source: the parameters and buffers of a module."""
 
@@ -139,10 +167,11 @@ def draw(config: ModelConfig) -> Any:
     return module.eval()
 
 
-def make(folder: Path, name: str, quant: str = "f32", **parts: str) -> Path:
-    """A pack of MODELS[name], once for each folder."""
-    path = folder / f"{name}-{quant}"
+def make(folder: Path, name: str, quant: str = "f32", *, times: int = 1, **parts: str) -> Path:
+    """A pack of MODELS[name] or HYBRIDS[name], once for each folder; of its layers `times` over."""
+    path = folder / f"{name}-{quant}-{times}"
     if not path.exists():
-        module = draw(MODELS[name])
+        config = (MODELS | HYBRIDS)[name]
+        module = draw(replace(config, layers=times * config.layers))
         write_pack(path, ModuleSource(module), choose_formats(module.config, quant, **parts))
     return path

@@ -64,6 +64,8 @@ public:
     std::int64_t workspace_bytes() const;
 
 private:
+    const LayerSpec* next_moe(std::size_t number) const;
+
     ModelSpec spec_;
     ExpertSource* experts_;
     std::vector<CacheShape> shapes_;

@@ -2,12 +2,20 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
+#include "counts.hpp"
 #include "model.hpp"
 #include "workspace.hpp"
 
 namespace fewfire {
+
+// How experts are wanted. in_order: to be given out in rising order. reads_ahead: so many tokens that the next layer will
+// want nearly all of its experts.
+struct Demand {
+    bool in_order = false, reads_ahead = false;
+};
 
 // Where the records of experts come from. One layer at a time: want, then take and give back until all have been taken.
 class ExpertSource {
@@ -17,8 +25,8 @@ public:
     ExpertSource(const ExpertSource&) = delete;
     ExpertSource& operator=(const ExpertSource&) = delete;
 
-    // The distinct experts that layer `layer` runs next, rising. `in_order`: they are to be given out so.
-    virtual void want(int layer, const std::int32_t* experts, int count, bool in_order) = 0;
+    // The distinct experts that layer `layer` runs next, rising.
+    virtual void want(int layer, const std::int32_t* experts, int count, const Demand& demand) = 0;
 
     // Up to `most` of the wanted experts that are in memory, and where; waits until there is one. 0: all were taken.
     // Throws ReadError where a record cannot be had.
@@ -29,24 +37,64 @@ public:
 
     // Seconds that take() has waited since this was last asked.
     virtual double waited_s() { return 0; }
+
+    // Between steps only.
+    virtual SourceCounts counts() = 0;
+
+    // How many layers ahead the source would like to hear what is probably wanted; and hearing it.
+    virtual int lookahead() const { return 0; }
+    virtual void prefetch(int, const std::int32_t*, int) {}
+
+    // A step over so many tokens took so long.
+    virtual void end_step(std::int64_t, double) {}
 };
 
-// All records in memory: each layer's one after the other.
+// Where the records of one layer lie in experts.bin: one after the other.
+struct RecordLayer {
+    std::int64_t offset = 0, record_bytes = 0, num_experts = 0;
+};
+
+// A record that could not be had: layer, expert and byte are told apart so that the caller can name them.
+class ReadError : public std::runtime_error {
+public:
+    enum class Kind { kSystem, kShort, kChecksum };
+    ReadError(Kind what, int of_layer, std::int32_t of_expert, std::int64_t at, int number)
+        : std::runtime_error("a record could not be read"), kind(what), layer(of_layer), expert(of_expert), offset(at), error(number) {}
+
+    Kind kind;
+    int layer;
+    std::int32_t expert;
+    std::int64_t offset;  // in the file
+    int error;            // errno, or 0
+};
+
+// experts.bin in memory, whole. A record is compared with its checksum when it is first used.
 class ResidentExperts final : public ExpertSource {
 public:
-    explicit ResidentExperts(std::vector<const std::uint8_t*> layers, std::vector<std::int64_t> record_bytes)
-        : layers_(std::move(layers)), record_bytes_(std::move(record_bytes)) {}
+    ResidentExperts(const std::uint8_t* memory, std::vector<RecordLayer> layers, std::vector<std::uint32_t> checksums);
 
-    void want(int layer, const std::int32_t* experts, int count, bool in_order) override;
+    void want(int layer, const std::int32_t* experts, int count, const Demand& demand) override;
     int take(int most, std::int32_t* experts, const std::uint8_t** records) override;
     void give_back(const std::int32_t*, int) override {}
 
+    // Compares all records that were not used yet. Throws ReadError as take().
+    void verify();
+
+    SourceCounts counts() override;
+
 private:
-    std::vector<const std::uint8_t*> layers_;
-    std::vector<std::int64_t> record_bytes_;
+    void verify(int layer, const std::int32_t* experts, std::int64_t count);
+    const std::uint8_t* record(int layer, std::int32_t expert) const;
+
+    const std::uint8_t* memory_;
+    std::vector<RecordLayer> layers_;
+    std::vector<std::int64_t> first_ids_;
+    std::vector<std::uint32_t> checksums_;
+    std::vector<std::uint8_t> verified_;
     std::vector<std::int32_t> wanted_;
     std::size_t taken_ = 0;
     int layer_ = 0;
+    std::vector<LayerCounts> counts_;
 };
 
 // Who goes to which expert: `chosen` and `weights` are (count, top_k); a negative id is nobody.
@@ -74,6 +122,7 @@ public:
 private:
     struct Segment;
     struct Given;
+    Demand demand() const;
     std::int64_t width() const { return layout_.down.rows; }
     std::int64_t start(std::int64_t expert) const { return room_.starts[static_cast<std::size_t>(expert)]; }
     float slot_weight(std::int64_t slot) const { return to_.weights[room_.order[static_cast<std::size_t>(slot)]]; }

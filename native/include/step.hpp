@@ -15,8 +15,8 @@ namespace fewfire {
 
 struct Workspace {
     Room<float> x, sums, projected, absorbed, index_scores;
-    QuantizedRows normed, mixed, latent, hidden;
-    Room<float> gates, logits, weights, weighted;
+    QuantizedRows normed, mixed, latent, hidden, guess;
+    Room<float> gates, logits, weights, weighted, guess_logits;
     Room<std::int32_t> chosen;
     Room<std::uint64_t> selected;
     ExpertWorkspace experts;
@@ -24,7 +24,7 @@ struct Workspace {
     std::int64_t bytes() const {
         return x.bytes() + sums.bytes() + projected.bytes() + absorbed.bytes() + index_scores.bytes() + normed.bytes() +
                mixed.bytes() + latent.bytes() + hidden.bytes() + gates.bytes() + logits.bytes() + weights.bytes() +
-               weighted.bytes() + chosen.bytes() + selected.bytes() + experts.bytes();
+               guess.bytes() + guess_logits.bytes() + weighted.bytes() + chosen.bytes() + selected.bytes() + experts.bytes();
     }
 };
 
@@ -95,7 +95,10 @@ std::int64_t selected_words(const Step& step);
 // sums = the feed-forward of step.normed; times sigmoid(gate row) where a shared expert has a gate.
 void feed(const FeedForwardSpec& spec, const Matrix& gate, Step& step);
 
-// Chosen experts and weights of all tokens, into step.room.
+// Chosen experts and weights (tokens, top_k) of all tokens of `rows`; logits (tokens, num_experts) are made on the way.
+void choose(const RouterSpec& spec, const Rows& rows, float* logits, std::int32_t* chosen, float* weights, Step& step);
+
+// The same of step.normed, into step.room; recorded, or replayed.
 void route(const RouterSpec& spec, Step& step);
 
 }  // namespace fewfire

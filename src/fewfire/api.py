@@ -23,25 +23,35 @@ from fewfire.evaluate.perplexity import Progress
 from fewfire.export import Exported, export, torch_dtype
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.plan import plan
-from fewfire.runtime.engine import NativeDecoder
-from fewfire.runtime.generate import Generation, Limits, Measured, peak_rss_bytes
+from fewfire.plan.limits import peak_rss_bytes
+from fewfire.runtime.banks import ExpertCounts, LayerCounts, ResidentExperts, StreamedExperts, Streaming
+from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
+from fewfire.runtime.generate import Generation, Limits, Measured
 from fewfire.runtime.load import load_module
-from fewfire.runtime.packed import load_pack
+from fewfire.runtime.packed import account_of, experts_of, load_pack
 from fewfire.runtime.sampling import Sampling
+from fewfire.sizes import parse_bytes
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 
-__all__ = ["Experts", "Exported", "Generated", "Model", "Stream", "export", "load", "locate", "plan"]
+__all__ = ["Experts", "Exported", "Generated", "Model", "Stream", "Streaming", "export", "load", "locate", "plan"]
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Where routed experts were found: `hits` in memory, `misses` on disk. Resident models hit always."""
+    """Where routed experts were found: `hits` in memory, `misses` on disk, summed over `layers`. `budget_bytes`: memory
+    that experts may use. `access`: how misses are read. Resident models hit always."""
 
     budget_bytes: int
     hits: int
     misses: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0
+    evictions: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    access: str = "resident"
+    layers: tuple[LayerCounts, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -50,6 +60,24 @@ class Experts:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"hit_rate": self.hit_rate}
+
+    @staticmethod
+    def of(bank: ResidentExperts | StreamedExperts, counts: ExpertCounts) -> Experts:
+        """What a pack's experts counted."""
+        total = counts.total
+        return Experts(
+            bank.num_bytes,
+            total.hits,
+            total.misses,
+            counts.bytes_read,
+            counts.stall_s,
+            counts.evictions,
+            total.prefetch_useful,
+            counts.prefetch_late,
+            total.prefetch_wasted,
+            "resident" if bank.access is None else str(bank.access),
+            counts.layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,15 +117,29 @@ class Model:
         assert isinstance(config, ModelConfig)
         self.config = config
         self.eos_ids = tuple(config.eos_token_ids if eos_ids is None else eos_ids)
-        self.expert_bytes = (
-            module.expert_bytes
-            if isinstance(module, NativeDecoder)
-            else sum(
-                values.numel() * values.element_size()
-                for name, values in module.named_parameters()
-                if ".experts." in name
-            )
+        self.experts = experts_of(module)
+        self._torch_expert_bytes = sum(
+            values.numel() * values.element_size() for name, values in module.named_parameters() if ".experts." in name
         )
+
+    def set_memory(self, memory: str | int) -> None:
+        """Another budget for the whole process from now on, e.g. "6GiB"; between generations, or between tokens of one.
+
+        Raises: BudgetError, and nothing changes, where more than that is held already; ConfigError for what is no pack.
+        """
+        budget, account = parse_bytes(memory, name="memory"), account_of(self.module)
+        if account is None:
+            raise ConfigError("this model's weights are all in memory; `fewfire pack` it to run it in a budget")
+        if isinstance(self.module, NativeDecoder):
+            self.module.set_budget(budget)
+            self.experts = self.module.experts
+        else:
+            account.change(budget)
+
+    def _experts_used(self, measured: Measured) -> Experts:
+        if self.experts is None or measured.experts is None:
+            return Experts(self._torch_expert_bytes, measured.expert_calls)
+        return Experts.of(self.experts, measured.experts)
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; a text gets what the tokenizer puts around texts. Ids are returned as they are.
@@ -283,7 +325,7 @@ class Stream(Iterator[str]):
             finish_reason=measured.finish_reason,
             seed=self.generation.sampler.seed,
             peak_rss_bytes=peak_rss_bytes(),
-            experts=Experts(self.model.expert_bytes, measured.expert_calls),
+            experts=self.model._experts_used(measured),
             **_NATIVE if isinstance(self.model.module, NativeDecoder) else {},
         )
 
@@ -305,6 +347,10 @@ def load(
     *,
     dtype: str | None = None,
     threads: int | None = None,
+    memory: str | int | None = None,
+    context: int | None = None,
+    cache: str = "bf16",
+    streaming: Streaming | None = None,
     ignore_keys: Sequence[str] = (),
     show_progress: bool = False,
 ) -> Model:
@@ -312,17 +358,25 @@ def load(
     .gguf file, a hub id (org/name, org/name@revision, org/name/file.gguf; downloaded once) or `demo`.
 
     `dtype`: f32, bf16 or fp16 instead of the checkpoint's own. `threads`: what torch may use, in the whole process.
+    `memory` ("8GiB", or bytes) bounds the resident memory of the whole process (default: what the machine or its cgroup
+    has left, less an eighth); experts of a pack that do not fit stay on disk, and `streaming` says how they are read.
+    `context`: tokens of a text that memory is planned for (default 4096 or the model's most). `cache`: format of a
+    pack's keys and values, bf16 or q8.
     `ignore_keys`: keys of config.json or of GGUF metadata to leave aside. `show_progress`: of a download, on stderr.
-    Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files.
+    Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files,
+    BudgetError, with the table of what is needed, where `memory` does not suffice.
     """
     check(threads is None or threads >= 1, f"threads ({threads}) must be at least 1; leave it out to use all cores")
     wanted = torch_dtype(dtype)
     path = locate(model, show_progress=show_progress)
     if threads is not None:
         torch.set_num_threads(threads)
+    check(cache in CACHE_ELEMENT_BYTES, f"cache ({cache}) is not one of {', '.join(CACHE_ELEMENT_BYTES)}")
+    budget = None if memory is None else parse_bytes(memory, name="memory")
+    tokenizer = read_tokenizer(path)  # before anything large: it takes memory while it is read
     module: torch.nn.Module
     if is_pack(path):
-        module = load_pack(path, dtype=wanted)
+        module = load_pack(path, dtype=wanted, memory=budget, context=context, cache=cache, streaming=streaming)
     else:
-        module = load_module(path, dtype=wanted, ignore=ignore_keys)
-    return Model(module, tokenizer=read_tokenizer(path), eos_ids=read_eos_ids(path, module.config), folder=path)
+        module = load_module(path, dtype=wanted, ignore=ignore_keys, memory=budget)
+    return Model(module, tokenizer=tokenizer, eos_ids=read_eos_ids(path, module.config), folder=path)

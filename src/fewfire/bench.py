@@ -16,10 +16,10 @@ from fewfire.checkpoints.pack import is_pack, open_pack
 from fewfire.config import check
 from fewfire.kernels.probe import int8_ops_per_s, read_bytes_per_s
 from fewfire.plan.count import prefill_flops
+from fewfire.plan.limits import peak_rss_bytes
 from fewfire.plan.speed import bytes_per_step
 from fewfire.plan.workload import Workload
 from fewfire.runtime.engine import NativeDecoder
-from fewfire.runtime.generate import peak_rss_bytes
 from fewfire.runtime.packed import load_pack
 
 DRIFT = 0.10  # probes before and after may differ by this much

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -68,6 +69,13 @@ class HubCheckpoint:
         Raises: FormatError where the files are damaged or the module and the checkpoint disagree.
         """
         Filler(self.table, self.stored, module, dtype=dtype, exact=exact).run()
+
+    def run_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """What `fill` makes of it in memory, but for the small tensors that keep a wider precision of their own."""
+        values = Counter[torch.dtype]()
+        for each in self.stored.values():
+            values[each.dtype] += math.prod(each.shape)
+        return values.total() * (dtype or values.most_common(1)[0][0]).itemsize if values else 0
 
 
 def open_hub(folder: str | Path, *, ignore: Iterable[str] = ()) -> HubCheckpoint:

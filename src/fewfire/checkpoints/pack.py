@@ -106,12 +106,12 @@ class Pack:
             raise FormatError(DAMAGED, path=str(path), record=name, offset=header.offset)
         return record
 
-    def parameters(self) -> Iterator[tuple[str, int | None, Tensor]]:
+    def parameters(self, *, with_experts: bool = True) -> Iterator[tuple[str, int | None, Tensor]]:
         """(name, expert or None, float32 values) of every parameter, one at a time, checked against its checksum."""
         with Shards() as shards:
             for placed in self.layout.trunk:
                 yield placed.name, None, decode(self.read_trunk(placed, shards), placed.format, placed.shape)
-        for number, layer in enumerate(self.layout.experts):
+        for number, layer in enumerate(self.layout.experts if with_experts else ()):
             for expert in range(layer.num_experts):
                 record = self.read_expert(number, expert)
                 for placed in layer.matrices:

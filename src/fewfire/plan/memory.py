@@ -24,6 +24,7 @@ from fewfire.config import (
 )
 from fewfire.errors import ConfigError
 from fewfire.plan.count import visible_tokens
+from fewfire.plan.limits import usable_threads
 from fewfire.plan.shapes import Block as LayerBlock
 from fewfire.plan.shapes import TensorSpec, blocks, decoder_blocks, named_blocks, outer_tensors
 
@@ -65,7 +66,10 @@ UNQUANTIZED = ("f32", "bf16", "fp16")
 RECORD_ALIGNMENT = 4096  # an expert's record in a pack is padded to a multiple of this
 FORMAT_NAMES = (*FORMATS, "native")
 FP8_SCALE_BLOCK = 128  # fp8 checkpoints carry one float32 scale for each 128 x 128 block
-PROCESS_BYTES = 230 * 2**20  # Python, torch and the tokenizer, resident, before any weight
+PROCESS_BYTES = 272 * 2**20  # Python, torch and our own code, resident, before any weight
+TOKENIZER_BYTES = 1000  # for each entry of the vocabulary, while it is read
+LOGIT_BYTES = 24  # for each entry of the vocabulary: a row of logits, and what sampling makes of it
+TORCH_FLOAT32_BYTES = 4 * 2**30  # a trunk of more than this in float32 is dequantized to bfloat16
 INDEX_KEY_BYTES = 132  # of an indexer with heads of 128: 128 fp8 values and one float32 scale, as engines store it
 
 
@@ -366,22 +370,58 @@ def floor_bytes(
     context: int,
     batch: int = 1,
     *,
-    prefill_chunk: int = 128,
     weights: WeightBytes | None = None,
+    cache_element_bytes: int = 2,
+    threads: int | None = None,
 ) -> Floor:
-    """Process + trunk + cache + activations + the fewest experts a layer can run with, two layers' worth in flight.
+    """Process + trunk + cache + scratch + the fewest experts a layer can run with, two layers' worth in flight.
 
     A dense model has no experts to leave on disk: its floor holds all weights. `weights` are the checkpoint's own
-    bytes where they are known.
+    bytes where they are known. `threads`: None is what this process may use. What the native engine does not run keeps
+    its trunk dequantized.
     """
+    from fewfire.plan import resident
+
     weights = weights or weight_bytes(config, formats)
+    threads = usable_threads() if threads is None else threads
     most = max((moe.router.top_k for _, _, moe in config.moe_layers), default=0)
+    chunk = max(batch, resident.CHUNKS[-1])
+    native = resident.runs_natively(config)
+    if native:
+        cache = resident.paged_cache_bytes(config, context, batch, element_bytes=cache_element_bytes)
+        scratch = resident.step_bytes(config, chunk, context, threads)
+    else:
+        cache = torch_cache_bytes(config, context) * batch
+        scratch = activation_bytes(config, chunk)
     return Floor(
         {
             "process": PROCESS_BYTES,
-            "trunk": weights.trunk,
-            "kv cache": cache_bytes(config, context).sequence * batch,
+            "tokenizer": TOKENIZER_BYTES * config.vocab_size,
+            "trunk": weights.trunk if native else dequantized_trunk_bytes(config),
+            "kv cache": cache,
             "experts in flight": 2 * most * weights.per_expert,
-            "activations": activation_bytes(config, max(batch, prefill_chunk)) + 4 * config.vocab_size * batch,
+            "scratch": scratch + LOGIT_BYTES * config.vocab_size * batch,
         }
+    )
+
+
+def dequantized_trunk_bytes(config: ModelConfig) -> int:
+    """The trunk as torch keeps it, in float32 or bfloat16."""
+    return _trunk_values(config) * torch_element_bytes(config)
+
+
+def torch_element_bytes(config: ModelConfig) -> int:
+    """Bytes of a number where torch runs the trunk of a pack: float32 up to 4 GiB of it, else bfloat16."""
+    return 4 if 4 * _trunk_values(config) <= TORCH_FLOAT32_BYTES else 2
+
+
+def torch_cache_bytes(config: ModelConfig, context: int) -> int:
+    """One sequence's cache in torch, which grows by half again: the larger copy, and the smaller while it is made."""
+    return cache_bytes(config, context, element_bytes=torch_element_bytes(config)).sequence * 5 // 2
+
+
+def _trunk_values(config: ModelConfig) -> int:
+    values = sum(prod(spec.shape) for spec in outer_tensors(config))
+    return values + sum(
+        prod(spec.shape) * copies for _, copies, specs in blocks(config) for spec in specs if spec.kind != "experts"
     )

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fewfire.plan.here import MachineProfile
+from fewfire.plan.limits import memory_limit, ram_bytes, usable_threads
 
 _FLAGS = {  # /proc/cpuinfo flag -> our name
     "avx2": "avx2",
@@ -54,51 +55,6 @@ def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...], int]:
             cores.add((package, value))
     known = set(flags.split())
     return name, tuple(ours for theirs, ours in _FLAGS.items() if theirs in known), len(cores)
-
-
-def memory_limit(root: Path = Path("/")) -> int | None:
-    """The tightest cgroup memory limit of this process (version 2, then 1), None without one."""
-    limits: list[int] = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts), -1, -1):
-            file = base.joinpath(*parts[:depth], name)
-            limits += _read_limit(file)
-    return min(limits, default=None)
-
-
-def _read_limit(file: Path) -> list[int]:
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return []
-    return [int(text)] if text.isdigit() and int(text) < 2**60 else []
-
-
-def ram_bytes() -> int:
-    """Physical memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def usable_threads() -> int:
-    """Hardware threads that this process may run on, its cgroup's quota included."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return threads
-    return threads if quota == "max" else max(1, min(threads, round(int(quota) / int(period))))
 
 
 def probe_ram(threads: int, budget_bytes: int, *, seconds: float = 2.0) -> float:

@@ -1,14 +1,15 @@
 """A pack that runs natively: the interface of `model.Decoder`, one native call a step. Token ids in, logits out.
 
 Results of a token depend on the tokens before it alone: not on what else is in the batch, on how a prompt is cut into
-chunks, or on the number of threads (tests/test_engine.py). B sequences, T new tokens, N tokens of a step, D model
-width, V vocabulary.
+chunks, on the number of threads, or on where experts are (tests/test_engine.py, tests/test_streaming.py). B sequences,
+T new tokens, N tokens of a step, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +20,46 @@ from fewfire.checkpoints.pack import Pack
 from fewfire.config import MoEConfig, check
 from fewfire.kernels.isa import native
 from fewfire.model.moe import Observer
+from fewfire.plan import resident
+from fewfire.plan.limits import rss_bytes
 from fewfire.routing import Routing
+from fewfire.runtime.banks import ResidentExperts, StreamedExperts, Streaming
+from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, choose_chunk, default_budget, scratch_bytes
 from fewfire.runtime.lower import Lowered
-from fewfire.runtime.weights import Report, Trunk, read_experts
+from fewfire.runtime.weights import Report, Trunk, huge_memory
 
-PAGE_TOKENS = 64  # native/include/quantized.hpp
-CHUNK_TOKENS = 512  # tokens that one native step runs at most
+PAGE_TOKENS = resident.PAGE_TOKENS  # native/include/quantized.hpp
+CACHE_ELEMENT_BYTES = {"bf16": 2, "q8": 1}
 PHASES = ("norm", "project", "attend", "out", "route", "experts", "wait", "dense", "head")  # native/include/engine.hpp
 
 
 class PagedSequence:
-    """Keys and values of one text, in pages of 64 tokens that are taken as it grows."""
+    """Keys and values of one text, in pages of 64 tokens that are taken as it grows, out of the memory budget."""
 
-    def __init__(self, page_bytes: int):
-        self.page_bytes, self.length = page_bytes, 0
+    def __init__(self, page_bytes: int, account: Account):
+        self.page_bytes, self.account, self.length = page_bytes, account, 0
         self.pages: list[Tensor] = []
+        self._reserved = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Set memory aside for `num_tokens` in all. Raises: BudgetError where there is not so much."""
+        wanted = -(-num_tokens // PAGE_TOKENS)
+        if wanted > self._reserved:
+            self.account.take(
+                (wanted - self._reserved) * self.page_bytes, f"the cache of a text of {num_tokens} tokens"
+            )
+            self._reserved = wanted
 
     def grow(self, num_new: int) -> None:
         """Room for `num_new` more tokens."""
+        self.reserve(self.length + num_new)
         wanted = -(-(self.length + num_new) // PAGE_TOKENS)
-        while len(self.pages) < wanted:
-            self.pages.append(torch.empty(self.page_bytes, dtype=torch.uint8))
+        if len(self.pages) < wanted:
+            self.pages += [huge_memory(self.page_bytes) for _ in range(wanted - len(self.pages))]
+            self.account.check()
+
+    def __del__(self) -> None:
+        self.account.give(self._reserved * self.page_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -65,8 +85,8 @@ class PageTable:
 class PagedCache:
     """The sequences of one batch, all of the same length."""
 
-    def __init__(self, page_bytes: int):
-        self.page_bytes = page_bytes
+    def __init__(self, page_bytes: int, account: Account):
+        self.page_bytes, self.account = page_bytes, account
         self.sequences: list[PagedSequence] = []
 
     @property
@@ -78,8 +98,13 @@ class PagedCache:
         held = len(self.sequences)
         check(held in (0, batch), f"the cache holds {held} sequences, not {batch}")
         if not held:
-            self.sequences = [PagedSequence(self.page_bytes) for _ in range(batch)]
+            self.sequences = [PagedSequence(self.page_bytes, self.account) for _ in range(batch)]
         return self.sequences
+
+    def reserve(self, num_tokens: int, batch: int = 1) -> None:
+        """Set memory aside for `num_tokens` of every sequence. Raises: BudgetError where there is not so much."""
+        for each in self.of(batch):
+            each.reserve(num_tokens)
 
     @property
     def num_bytes(self) -> int:
@@ -100,31 +125,77 @@ class Replay:
 class NativeDecoder(nn.Module):
     """A causal language model run by the native engine. Holds the pack's weights as they are stored.
 
-    `cache` is the format of keys and values, bf16 or q8. Threads: as many as torch may use. One step at a time for each
-    decoder. Raises: FormatError where the pack's bytes are not those written.
+    `budget_bytes` bounds the whole process (None: `default_budget`), experts give way; it is not compared with the
+    floor here. `context`: tokens of a text that experts are kept for in memory, if all of them fit (longer texts take
+    from them, or are refused). `cache` is the format of keys and values, bf16 or q8. Threads: as many as torch may use.
+    One step at a time for each decoder. Raises: FormatError where the pack's bytes are not those written.
     """
 
     invariant_reason: str | None = None
 
-    def __init__(self, pack: Pack, *, cache: str = "bf16", report: Report = lambda num_bytes: None):
+    def __init__(
+        self,
+        pack: Pack,
+        *,
+        budget_bytes: int | None = None,
+        context: int | None = None,
+        cache: str = "bf16",
+        streaming: Streaming | None = None,
+        report: Report = lambda num_bytes: None,
+    ):
         super().__init__()
-        module = native()
-        assert module is not None, "the caller has asked why_not_native and for the extension"
-        self.pack, self.config = pack, pack.config
-        self.expert_bytes = pack.layout.expert_bytes
-        self.lowered = Lowered(pack, Trunk(pack, report), cache)
+        self.pack, self.config, self.cache_format = pack, pack.config, cache
         self._moes = [
             (index, layer.ffn) for index, layer in enumerate(self.config.layers) if isinstance(layer.ffn, MoEConfig)
         ]
-        self._memory = read_experts(pack, report)
-        layers = pack.layout.experts
-        addresses = [self._memory.data_ptr() + layer.offset for layer in layers]
-        experts = module.ResidentExperts(addresses, [layer.record_bytes for layer in layers])
-        self.engine = module.Engine(self.lowered.spec, experts if layers else None)
+        budget = default_budget() if budget_bytes is None else budget_bytes
+        self.lowered = Lowered(pack, Trunk(pack, report), cache)
+        self._roped = min(context or DEFAULT_CONTEXT, self.config.max_context)
+        self.account = Account(budget, rss_bytes() + MARGIN_BYTES)
+        self._open_experts(streaming, report)
         self._table: PageTable | None = None
 
+    def _open_experts(self, streaming: Streaming | None, report: Report) -> None:
+        """All in memory where they, a text of the context and the scratch of a step fit; else as many as do."""
+        account, context, threads = self.account, self._roped, torch.get_num_threads()
+        text = resident.paged_cache_bytes(self.config, context, element_bytes=CACHE_ELEMENT_BYTES[self.cache_format])
+        experts = self.pack.layout.expert_bytes
+        room = account.expert_bytes - experts - text
+        fits = scratch_bytes(self.config, resident.CHUNKS[-1], context, threads) <= room
+        if fits:
+            self.chunk_tokens = choose_chunk(self.config, room, context, threads, share=1.0)
+        else:
+            self.chunk_tokens = choose_chunk(self.config, account.expert_bytes, context, threads)
+        account.fixed_bytes += scratch_bytes(self.config, self.chunk_tokens, context, threads)
+        if fits or not experts:
+            self.use(ResidentExperts(self.pack, report))
+        else:
+            self.use(StreamedExperts(self.pack, account.expert_bytes, streaming))
+
+    def use(self, experts: ResidentExperts | StreamedExperts) -> None:
+        """Run with these experts of the same pack from now on; texts go on as they were."""
+        module = native()
+        assert module is not None, "the caller has asked why_not_native and for the extension"
+        self.experts = self.account.experts = experts
+        self.engine = module.Engine(self.lowered.spec, experts.source)
+
+    def set_budget(self, budget_bytes: int, streaming: Streaming | None = None) -> None:
+        """Another memory budget from now on; experts leave memory where they no longer all fit.
+
+        Raises: BudgetError, and nothing changes, where what is held already exceeds it.
+        """
+        resident_now = isinstance(self.experts, ResidentExperts)
+        if not resident_now or self.account.fits(budget_bytes):
+            self.account.change(budget_bytes)
+            return
+        self.account.check_change(budget_bytes, StreamedExperts.least_bytes_of(self.pack))
+        room = budget_bytes - self.account.fixed_bytes - self.account.taken_bytes
+        experts = StreamedExperts(self.pack, room, streaming)
+        self.account.budget_bytes = budget_bytes
+        self.use(experts)
+
     def new_cache(self) -> PagedCache:
-        return PagedCache(self.engine.page_bytes)
+        return PagedCache(self.engine.page_bytes, self.account)
 
     def forward(self, ids_BT: Tensor, cache: Any = None, *, observe: Observer | None = None) -> Tensor:
         """Logits (B, T, V) float32 of `ids_BT`, the continuation of what `cache` holds."""
@@ -147,15 +218,18 @@ class NativeDecoder(nn.Module):
         batch, num_new = ids_BT.shape
         cache = self.new_cache() if cache is None else cache
         sequences = cache.of(batch)
-        step = max(1, CHUNK_TOKENS // max(batch, 1))
-        check(replay is None or batch == 1 or num_new <= step, f"replayed steps hold {CHUNK_TOKENS} tokens at most")
-        parts = []
-        for start in range(0, num_new, step):
-            some = ids_BT[:, start : start + step]
-            routed = None if replay is None else replay.part(start * batch, (start + some.shape[1]) * batch)
-            made_ND = self.run(sequences, list(some), observe, routed)
-            parts.append(made_ND.view(batch, -1, self.config.model_dim))
-        return torch.cat(parts, dim=1) if parts else torch.empty((batch, 0, self.config.model_dim))
+        step = max(1, self.chunk_tokens // max(batch, 1))
+        check(replay is None or batch == 1 or num_new <= step, f"replayed steps hold {step} tokens of a text at most")
+        if num_new <= step:
+            return self.run(sequences, list(ids_BT), observe, replay).view(batch, num_new, self.config.model_dim)
+        with self.account.lent(4 * ids_BT.numel() * self.config.model_dim, f"the states of {num_new} tokens"):
+            hidden_BTD = torch.empty((batch, num_new, self.config.model_dim))
+            for start in range(0, num_new, step):
+                some = ids_BT[:, start : start + step]
+                routed = None if replay is None else replay.part(start * batch, (start + some.shape[1]) * batch)
+                made_ND = self.run(sequences, list(some), observe, routed)
+                hidden_BTD[:, start : start + step] = made_ND.view(batch, -1, self.config.model_dim)
+        return hidden_BTD
 
     def run(
         self,
@@ -166,12 +240,14 @@ class NativeDecoder(nn.Module):
     ) -> Tensor:
         """One step over new tokens of several texts, each as many as it has: (N, D) after the final norm, in order.
 
-        Raises: ConfigError where a text would exceed the model's context.
+        Raises: ConfigError where a text would exceed the model's context, BudgetError where it would exceed the memory
+        budget, FormatError where an expert cannot be read.
         """
-        limit, table, starts = self.config.max_context, *self._grow(sequences, ids)
+        limit = self.config.max_context
         longest = max((each.length + len(new) for each, new in zip(sequences, ids, strict=True)), default=0)
         check(longest <= limit, f"{longest} tokens exceed the {limit} that the model was made for; shorten the text")
-        self.lowered.prepare(longest)
+        table, starts = self._grow(sequences, ids)
+        self._prepare(longest)
         flat_N = torch.cat(list(ids)).to(torch.int64) if len(ids) != 1 else ids[0].to(torch.int64).contiguous()
         count = flat_N.numel()
         hidden_ND = torch.empty((count, self.config.model_dim))
@@ -181,23 +257,37 @@ class NativeDecoder(nn.Module):
             [torch.arange(each.length, each.length + len(new)) for each, new in zip(sequences, ids)]
         )
         starts_N = starts.repeat_interleave(torch.tensor([len(new) for new in ids]))
-        routes = self._route_buffers(count) if observe is not None and self._moes else []
-        replayed = [] if replay is None else [replay.ids_LNK, replay.weights_LNK]
-        self.engine.step(
-            flat_N.data_ptr(),
-            positions_N.data_ptr(),
-            starts_N.data_ptr(),
-            table.data_ptr(),
-            count,
-            hidden_ND.data_ptr(),
-            [*(each.data_ptr() for each in routes or _NONE), *(each.data_ptr() for each in replayed or _NONE[:2])],
-            torch.get_num_threads(),
-        )
-        for each, new in zip(sequences, ids):
-            each.length += len(new)
-        if observe is not None:
-            self._report(observe, routes)
+        observed = observe is not None and bool(self._moes)
+        with self.account.lent(self._route_bytes(count), "what routers chose") if observed else nullcontext():
+            routes = self._route_buffers(count) if observed else []
+            replayed = [] if replay is None else [replay.ids_LNK, replay.weights_LNK]
+            with self.experts.named_errors():
+                self.engine.step(
+                    flat_N.data_ptr(),
+                    positions_N.data_ptr(),
+                    starts_N.data_ptr(),
+                    table.data_ptr(),
+                    count,
+                    hidden_ND.data_ptr(),
+                    [
+                        *(each.data_ptr() for each in routes or _NONE),
+                        *(each.data_ptr() for each in replayed or _NONE[:2]),
+                    ],
+                    torch.get_num_threads(),
+                )
+            for each, new in zip(sequences, ids):
+                each.length += len(new)
+            if observe is not None:
+                self._report(observe, routes)
         return hidden_ND
+
+    def _prepare(self, longest: int) -> None:
+        """Angles up to the longest text; what exceeds the planned context is taken from the budget."""
+        if longest > self._roped:
+            more = resident.rope_bytes(self.config, 2 * longest) - resident.rope_bytes(self.config, self._roped)
+            self.account.take(more, f"the angles of {longest} positions")
+            self._roped = 2 * longest
+        self.lowered.prepare(longest)
 
     def _grow(self, sequences: Sequence[PagedSequence], ids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Room for the new tokens; addresses of all pages and where each text's begin."""
@@ -211,6 +301,10 @@ class NativeDecoder(nn.Module):
     def take_timings(self) -> dict[str, float]:
         """Seconds in each phase of all steps since this was last asked."""
         return dict(zip(PHASES, self.engine.take_timings(), strict=True))
+
+    def _route_bytes(self, count: int) -> int:
+        router = self._moes[0][1].router
+        return len(self._moes) * count * (8 * router.top_k + 4 * router.num_experts) + 16 * count * router.num_experts
 
     def _route_buffers(self, count: int) -> list[Tensor]:
         router = self._moes[0][1].router
@@ -228,11 +322,13 @@ class NativeDecoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32."""
-        rows = hidden.reshape(-1, hidden.shape[-1]).float().contiguous()
-        out = torch.empty((rows.shape[0], self.config.vocab_size))
-        for part, target in zip(rows.split(CHUNK_TOKENS), out.split(CHUNK_TOKENS), strict=True):
-            self.engine.head(part.data_ptr(), part.shape[0], target.data_ptr(), torch.get_num_threads())
-        return out.reshape(*hidden.shape[:-1], self.config.vocab_size)
+        rows, vocab = hidden.reshape(-1, hidden.shape[-1]).float().contiguous(), self.config.vocab_size
+        count = rows.shape[0]
+        with self.account.lent(4 * count * vocab, f"the logits of {count} tokens") if count > 1 else nullcontext():
+            out = torch.empty((count, vocab))
+            for part, target in zip(rows.split(self.chunk_tokens), out.split(self.chunk_tokens), strict=True):
+                self.engine.head(part.data_ptr(), part.shape[0], target.data_ptr(), torch.get_num_threads())
+        return out.reshape(*hidden.shape[:-1], vocab)
 
 
 class _Null:

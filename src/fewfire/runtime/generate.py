@@ -5,22 +5,25 @@ T new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewfire.config import ModelConfig, check
 from fewfire.model.cache import Cache
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.moe import Observer
 from fewfire.routing import Routing
+from fewfire.runtime.banks import ExpertCounts
+from fewfire.runtime.engine import NativeDecoder, PagedCache
+from fewfire.runtime.packed import experts_of
 from fewfire.runtime.sampling import Sampler, Sampling
+
+CHUNK_TOKENS = 512  # of a prompt that torch reads at a time
 
 
 class LanguageModel(Protocol):
@@ -39,12 +42,12 @@ class LanguageModel(Protocol):
 class Limits:
     """Where a generation ends. `context` bounds prompt and new tokens together; memory is taken as the text grows.
 
-    `context` None is the model's own. `prefill_chunk` prompt tokens are read at a time (None: all at once).
+    `context` None is the model's own. `prefill_chunk` prompt tokens are read at a time (None: what the model likes).
     """
 
     max_tokens: int = 256
     context: int | None = None
-    prefill_chunk: int | None = 512
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         check(self.max_tokens >= 0, f"max_tokens ({self.max_tokens}) must not be negative")
@@ -65,6 +68,7 @@ class Measured:
     decode_s: float = 0.0
     finish_reason: Literal["stop", "length", "context"] | None = None
     expert_calls: int = 0  # distinct experts asked for, summed over layers and steps
+    experts: ExpertCounts | None = None  # of a pack's native experts: what was wanted, found and read
     token_ids: list[int] = field(default_factory=list)
 
     @property
@@ -100,7 +104,11 @@ class Generation(Iterator[int]):
         self.context = check_context(model.config, self.limits.context, prompt_ids)
         self.sampler = Sampler(sampling or Sampling(), prompt_ids)
         self.measured = Measured(len(prompt_ids))
+        self._experts = experts_of(model) if isinstance(model, nn.Module) else None
+        self._before = None if self._experts is None else self._experts.counts()
         self._cache = model.new_cache()
+        if isinstance(self._cache, PagedCache):
+            self._cache.reserve(min(self.context, len(prompt_ids) + self.limits.max_tokens))
         self._prompt_ids = list(prompt_ids)
         self._pending = self._prompt_ids  # what the next step reads
         self._memory: dict[str, Any] = {}  # what the decoder is given besides, of an encoder-decoder
@@ -125,6 +133,9 @@ class Generation(Iterator[int]):
         measured.new_tokens += 1
         measured.token_ids.append(token)
         self._pending = [token]
+        if self._experts is not None and self._before is not None:
+            measured.experts = self._experts.counts().since(self._before)
+            measured.expert_calls = measured.experts.total.hits + measured.experts.total.misses
         if token in self.eos_ids:
             measured.finish_reason = "stop"
         return token
@@ -138,20 +149,29 @@ class Generation(Iterator[int]):
         start = model.config.decoder_start_token_id
         check(start is not None, "config.json names no decoder_start_token_id; add it")
         assert start is not None
-        self._memory = {"memory": model.encode(torch.tensor([self._prompt_ids]), observe=self._count)}
+        self._memory = {"memory": model.encode(torch.tensor([self._prompt_ids]), observe=self._observer)}
         self._pending = [start]
 
     @torch.inference_mode()
     def _step(self) -> Tensor:
         """Logits (V,) after the pending tokens, which are read in chunks."""
         ids_1T = torch.tensor([self._pending], dtype=torch.int64)
-        for chunk_1T in ids_1T.split(self.limits.prefill_chunk or ids_1T.shape[1], dim=1):
-            hidden_1TD = self.model.hidden(chunk_1T, self._cache, observe=self._count, **self._memory)
+        for chunk_1T in ids_1T.split(self.limits.prefill_chunk or self._chunk_tokens, dim=1):
+            hidden_1TD = self.model.hidden(chunk_1T, self._cache, observe=self._observer, **self._memory)
         return self.model.logits(hidden_1TD[:, -1])[0]
+
+    @property
+    def _observer(self) -> Observer | None:
+        """Native experts count themselves."""
+        return self._count if self._experts is None else None
 
     def _count(self, layer: int, routing: Routing) -> None:
         ids = routing.ids_TK if routing.kept_TK is None else routing.ids_TK[routing.kept_TK]
         self.measured.expert_calls += ids.numel() if routing.ids_TK.shape[0] == 1 else int(ids.unique().numel())
+
+    @property
+    def _chunk_tokens(self) -> int:
+        return self.model.chunk_tokens if isinstance(self.model, NativeDecoder) else CHUNK_TOKENS
 
 
 def check_context(config: ModelConfig, context: int | None, prompt_ids: Sequence[int]) -> int:
@@ -174,19 +194,3 @@ def check_context(config: ModelConfig, context: int | None, prompt_ids: Sequence
         "use the tokenizer that belongs to the model",
     )
     return limit
-
-
-def peak_rss_bytes() -> int:
-    """The most memory that this process has had resident so far.
-
-    Linux says so in /proc; its getrusage would report the parent's peak in a freshly started child.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            line = next((line for line in file if line.startswith("VmHWM:")), None)
-    except OSError:
-        line = None
-    if line is not None:
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -15,21 +15,46 @@ from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
 from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.recurrent import Recurrent
+from fewfire.plan.limits import rss_bytes
+from fewfire.plan.memory import LOGIT_BYTES, PROCESS_BYTES, activation_bytes, torch_cache_bytes
+from fewfire.runtime.budget import DEFAULT_CONTEXT, refuse
 from fewfire.runtime.packed import load_packed_module
 
 
 def load_module(
-    path: str | Path, *, dtype: torch.dtype | None = None, exact: bool = False, ignore: Iterable[str] = ()
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    exact: bool = False,
+    ignore: Iterable[str] = (),
+    memory: int | None = None,
 ) -> Decoder | EncoderDecoder | Recurrent:
     """The model of a pack, a hub-layout folder or a GGUF file, in evaluation mode.
 
-    `dtype` and `exact` as `HubCheckpoint.fill`. `ignore`: config keys to leave aside.
+    `dtype` and `exact` as `HubCheckpoint.fill`. `ignore`: config keys to leave aside. `memory` bounds the process.
 
-    Raises: ConfigError for a config that is not understood, FormatError for files that do not fit it.
+    Raises: ConfigError for a config that is not understood, FormatError for files that do not fit it, BudgetError where
+    `memory` does not hold all weights.
     """
     if is_pack(path):
         return load_packed_module(path, dtype=dtype)
-    return fill_module(open_checkpoint(path, ignore=ignore), dtype=dtype, exact=exact)
+    checkpoint = open_checkpoint(path, ignore=ignore)
+    if memory is not None:
+        _check_budget(checkpoint, memory, dtype)
+    return fill_module(checkpoint, dtype=dtype, exact=exact)
+
+
+def _check_budget(checkpoint: HubCheckpoint | GgufCheckpoint, memory: int, dtype: torch.dtype | None) -> None:
+    config = checkpoint.config
+    context = min(DEFAULT_CONTEXT, config.max_context)
+    needs = {
+        "process": max(PROCESS_BYTES, rss_bytes()),
+        "weights": checkpoint.run_bytes(dtype),
+        "kv cache": torch_cache_bytes(config, context),
+        "scratch": activation_bytes(config, 512) + LOGIT_BYTES * config.vocab_size,
+    }
+    if memory < sum(needs.values()):
+        refuse(memory, needs, "`fewfire pack` the model: a pack keeps its experts on disk; or raise --memory")
 
 
 def fill_module(

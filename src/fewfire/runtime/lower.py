@@ -42,6 +42,8 @@ def why_not_native(pack: Pack) -> str | None:
         return why
     if foreign := sorted({each.format for each in pack.layout.trunk} - NATIVE_FORMATS.keys()):
         return f"weights in {', '.join(foreign)} have no kernel"
+    if len({layer.ffn.router.top_k for layer in config.layers if isinstance(layer.ffn, MoEConfig)}) > 1:
+        return "layers with different numbers of chosen experts have no native step"
     if config.encoder:
         return "an encoder has no native step"
     if config.norm.kind == "none" or config.normed_residual is not None:
@@ -54,8 +56,6 @@ def why_not_native_experts(pack: Pack) -> str | None:
     placed = [each for layer in pack.layout.experts for each in layer.matrices]
     if foreign := sorted({each.format for each in placed} - NATIVE_FORMATS.keys()):
         return f"experts in {', '.join(foreign)} have no kernel"
-    if len({layer.ffn.router.top_k for layer in pack.config.layers if isinstance(layer.ffn, MoEConfig)}) > 1:
-        return "layers with different numbers of chosen experts have no native step"
     return None
 
 

@@ -1,6 +1,7 @@
-"""A pack becomes what runs: the native engine where every step of it is native, else a torch module, dequantized.
+"""A pack becomes what runs: the native engine where every step of it is native, else torch around native experts.
 
-The torch module is the reference, and runs whatever can be packed.
+Within a memory budget: what does not fit of the experts stays on disk. The torch module without native parts is the
+reference, and runs whatever can be packed.
 """
 
 from __future__ import annotations
@@ -9,35 +10,79 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewfire.checkpoints.pack import Pack, open_pack
+from fewfire.config import MoEConfig
 from fewfire.kernels.isa import native
 from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
 from fewfire.model.encoder_decoder import EncoderDecoder
+from fewfire.model.moe import MoELayer
 from fewfire.model.recurrent import Recurrent
-from fewfire.runtime.engine import NativeDecoder
-from fewfire.runtime.lower import why_not_native
+from fewfire.plan import resident
+from fewfire.plan.limits import rss_bytes
+from fewfire.plan.memory import TORCH_FLOAT32_BYTES, WeightBytes, activation_bytes, torch_cache_bytes, weight_bytes
+from fewfire.runtime.banks import LayerBank, ResidentExperts, StreamedExperts, Streaming
+from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, check_floor, default_budget
+from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
+from fewfire.runtime.lower import why_not_native, why_not_native_experts
+from fewfire.runtime.weights import Report
 
-FLOAT32_BYTES = 4 * 2**30  # a model of more than this in float32 is made in bfloat16
+Module = NativeDecoder | Decoder | EncoderDecoder | Recurrent
 
 
 def load_pack(
-    folder: str | Path, *, dtype: torch.dtype | None = None
-) -> NativeDecoder | Decoder | EncoderDecoder | Recurrent:
-    """The native engine for a pack; torch where `dtype` asks for it, or something has no native step (a warning says).
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    cache: str = "bf16",
+    streaming: Streaming | None = None,
+    report: Report = lambda num_bytes: None,
+) -> Module:
+    """The native engine for a pack; torch around native experts where something has no native step (a warning says).
 
-    Raises: as `open_pack`, and FormatError where bytes are not those written.
+    `memory` bounds the resident bytes of the whole process (None: what the system has left, less an eighth); experts
+    beyond it stay on disk. `context`: tokens of a text that are planned for. `cache`: format of keys and values, bf16
+    or q8. `dtype` asks for the torch reference, all in memory.
+
+    Raises: as `open_pack`; FormatError where bytes are not those written; BudgetError, with the table of what is
+    needed, before anything is loaded.
     """
-    if dtype is not None:
-        return load_packed_module(folder, dtype=dtype)
     pack = open_pack(folder)
-    why = why_not_native(pack) if native() is not None else "the extension fewfire._native is missing"
-    if why is None:
-        return NativeDecoder(pack)
-    warnings.warn(f"{folder} runs on torch, dequantized, instead of the native engine: {why}", stacklevel=2)
-    return load_packed_module(folder)
+    budget = default_budget() if memory is None else memory
+    if native() is None or dtype is not None:
+        why = "the extension fewfire._native is missing"
+        if dtype is None:
+            warnings.warn(f"{folder} runs on torch, dequantized, instead of the native engine: {why}", stacklevel=2)
+        return load_packed_module(folder, dtype=dtype)
+    threads = torch.get_num_threads()
+    check_floor(
+        budget,
+        pack.config,
+        pack.formats,
+        context,
+        weights=pack_weights(pack),
+        cache_element_bytes=CACHE_ELEMENT_BYTES[cache],
+        threads=threads,
+    )
+    why_not = why_not_native(pack)
+    if why_not is None:
+        return NativeDecoder(
+            pack, budget_bytes=budget, context=context, cache=cache, streaming=streaming, report=report
+        )
+    if not pack.layout.experts or why_not_native_experts(pack) is not None:
+        warnings.warn(f"{folder} runs on torch, dequantized, instead of the native engine: {why_not}", stacklevel=2)
+        return load_packed_module(folder)
+    warnings.warn(f"{folder} runs on torch, but for its experts, instead of the native engine: {why_not}", stacklevel=2)
+    return _load_hybrid(pack, budget, context, streaming, report)
+
+
+def pack_weights(pack: Pack) -> WeightBytes:
+    """The bytes of a pack's weights, as it stores them."""
+    return weight_bytes(pack.config, pack.formats)
 
 
 def load_packed_module(folder: str | Path, *, dtype: torch.dtype | None = None) -> Decoder | EncoderDecoder | Recurrent:
@@ -48,20 +93,62 @@ def load_packed_module(folder: str | Path, *, dtype: torch.dtype | None = None) 
     pack = open_pack(folder)
     with torch.device("meta"):
         module = build_model(pack.config)
-    state = module.state_dict()
-    if dtype is None:
-        size = 4 * sum(values.numel() for values in state.values())
-        dtype = torch.float32 if size <= FLOAT32_BYTES else torch.bfloat16
-    module.load_state_dict(_dequantize(pack, state, dtype), strict=True, assign=True)
+    _fill(module, pack, dtype)
     return module.eval()
 
 
-def _dequantize(pack: Pack, state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _load_hybrid(
+    pack: Pack, budget: int, context: int | None, streaming: Streaming | None, report: Report
+) -> Decoder | EncoderDecoder | Recurrent:
+    """Torch around native experts: the trunk dequantized, experts as they are stored, in memory or on disk."""
+    with torch.device("meta"):
+        module = build_model(pack.config)
+    layers = [each for each in module.modules() if isinstance(each, MoELayer)]
+    for layer in layers:
+        del layer.experts
+    _fill(module, pack, None)
+    context = min(context or DEFAULT_CONTEXT, pack.config.max_context)
+    scratch = activation_bytes(pack.config, resident.CHUNKS[-1]) + torch_cache_bytes(pack.config, context)
+    account = Account(budget, rss_bytes() + MARGIN_BYTES + scratch)
+    fits = pack.layout.expert_bytes <= account.expert_bytes
+    experts: ResidentExperts | StreamedExperts
+    experts = ResidentExperts(pack, report) if fits else StreamedExperts(pack, account.expert_bytes, streaming)
+    account.experts = experts
+    experts.account = account
+    for number, layer in enumerate(layers):
+        config = layer.config
+        assert isinstance(config, MoEConfig)
+        layer.experts = experts.bank(number, config.expert, weight_on_input=config.router.weight_on == "input")
+    return module.eval()
+
+
+def experts_of(module: nn.Module) -> ResidentExperts | StreamedExperts | None:
+    """The experts of what `load_pack` made; None where torch holds them."""
+    if isinstance(module, NativeDecoder):
+        return module.experts
+    banks = (each.experts for each in module.modules() if isinstance(each, LayerBank))
+    return next(banks, None)
+
+
+def account_of(module: nn.Module) -> Account | None:
+    """The memory budget that `module` keeps; None where it has none."""
+    if isinstance(module, NativeDecoder):
+        return module.account
+    experts = experts_of(module)
+    return None if experts is None else experts.account
+
+
+def _fill(module: nn.Module, pack: Pack, dtype: torch.dtype | None) -> None:
+    """Dequantize into `module` what it has room for. Routed experts that it does not hold are not read."""
+    state = module.state_dict()
+    if dtype is None:
+        size = 4 * sum(values.numel() for values in state.values())
+        dtype = torch.float32 if size <= TORCH_FLOAT32_BYTES else torch.bfloat16
     made: dict[str, Tensor] = {}
-    for name, expert, values in pack.parameters():
+    for name, expert, values in pack.parameters(with_experts=any(".experts." in name for name in state)):
         if name not in made:
             kept = torch.float32 if name.endswith("select_bias") else dtype
             made[name] = torch.empty(state[name].shape, dtype=kept)
         target = made[name] if expert is None else made[name][expert]
         target.copy_(values)
-    return made
+    module.load_state_dict(made, strict=True, assign=True)

@@ -70,6 +70,13 @@ class GgufCheckpoint:
             dtypes = found if exact else run_dtypes(found, sizes, dtype)
             give_values(module, dtypes, jobs, lambda job, into: _place(job, into, shards))
 
+    def run_bytes(self, dtype: torch.dtype | None = None) -> int:
+        """What `fill` makes of it in memory, but for the small tensors that keep a wider precision of their own."""
+        values = Counter[torch.dtype]()
+        for slot in self.table:
+            values[PLAIN.get(self.header.tensors[slot.name].type, torch.float32)] += math.prod(slot.shape)
+        return values.total() * (dtype or values.most_common(1)[0][0]).itemsize if values else 0
+
 
 def open_gguf(path: str | Path, *, ignore: Iterable[str] = ()) -> GgufCheckpoint:
     """Read a GGUF file's metadata and tensor headers. `ignore`: metadata keys to leave aside, in full.

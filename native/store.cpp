@@ -1,0 +1,329 @@
+#include "store.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+
+#include "checksum_join.hpp"
+#include "dispatch.hpp"
+#include "reading.hpp"
+
+namespace fewfire {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr std::int64_t kJobBytes = 4 << 20;  // what one reader reads at a time: large enough for any disk
+constexpr std::int64_t kTrialTokens = 24;    // with and without looking ahead, in turns
+constexpr int kTrials = 4;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::vector<std::int64_t> first_ids_of(const std::vector<RecordLayer>& layers) {
+    std::vector<std::int64_t> ids{0};
+    for (const RecordLayer& layer : layers) ids.push_back(ids.back() + layer.num_experts);
+    return ids;
+}
+
+}  // namespace
+
+ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint32_t> checksums, const StoreSettings& settings)
+    : layers_(std::move(layers)),
+      first_ids_(first_ids_of(layers_)),
+      checksums_(std::move(checksums)),
+      settings_(settings),
+      residency_(first_ids_, settings.capacity, make_policy(settings.policy, first_ids_.back())),
+      stamp_(stamp_of(settings.file)),
+      readings_(static_cast<std::size_t>(first_ids_.back())),
+      uses_(static_cast<std::size_t>(first_ids_.back())),
+      looks_ahead_(settings.looks_ahead) {
+    for (int i = 0; i < std::max(1, settings_.num_readers); ++i) readers_.emplace_back([this] { read_forever(); });
+}
+
+ExpertStore::~ExpertStore() {
+    {
+        const std::lock_guard<std::mutex> lock(guard_);
+        ends_ = true;
+    }
+    work_.notify_all();
+    for (std::thread& reader : readers_) reader.join();
+    ::close(settings_.file);
+}
+
+// ------------------------------------------------------------------------------------------------- the layer's side
+
+void ExpertStore::want(int layer, const std::int32_t* experts, int count, const Demand& demand) {
+    layer_ = layer;
+    open_.assign(experts, experts + count);
+    out_.clear();
+    residency_.want(layer, experts, count, demand.in_order, demand.reads_ahead);
+    {
+        const std::lock_guard<std::mutex> lock(guard_);
+        for (int i = 0; i < count; ++i) {
+            Reading& reading = readings_[static_cast<std::size_t>(first_ids_[static_cast<std::size_t>(layer)] + experts[i])];
+            if (reading.is_prefetch && reading.state == State::kReading) ++late_;
+            reading.is_prefetch = false;
+        }
+        // What was only hoped for and is wanted now goes before what is still only hoped for.
+        const auto is_wanted = [&](const Job& job) { return !readings_[static_cast<std::size_t>(job.id)].is_prefetch; };
+        std::copy_if(prefetched_.begin(), prefetched_.end(), std::back_inserter(wanted_), is_wanted);
+        std::erase_if(prefetched_, is_wanted);
+    }
+    start_fills();
+}
+
+int ExpertStore::take(int most, std::int32_t* experts, const std::uint8_t** records) {
+    if (open_.empty()) return 0;
+    const Clock::time_point start = Clock::now();
+    bool waits = false;
+    std::unique_lock<std::mutex> lock(guard_);
+    for (;;) {
+        int count = 0;
+        std::vector<std::int32_t> left;
+        for (const std::int32_t expert : open_) {
+            const std::int64_t id = first_ids_[static_cast<std::size_t>(layer_)] + expert;
+            const bool has_slot = residency_.slot_of(expert) >= 0;
+            const State state = readings_[static_cast<std::size_t>(id)].state;
+            if (has_slot && state == State::kFailed) fail(id);
+            const bool blocked = residency_.is_in_order() && !left.empty();
+            if (!has_slot || state != State::kReady || count == most || blocked) {
+                left.push_back(expert);
+                continue;
+            }
+            experts[count] = expert;
+            records[count] = record(residency_.slot_of(expert));
+            ++count;
+        }
+        if (count > 0) {
+            open_ = std::move(left);
+            out_.insert(out_.end(), experts, experts + count);
+            if (waits) {
+                const double seconds = seconds_since(start);
+                waited_s_ += seconds;
+                stall_s_ += seconds;
+            }
+            return count;
+        }
+        waits = true;
+        done_.wait(lock);
+    }
+}
+
+void ExpertStore::give_back(const std::int32_t* experts, int count) {
+    for (int i = 0; i < count; ++i) {
+        residency_.give_back(experts[i]);
+        std::erase(out_, experts[i]);
+    }
+    start_fills();
+}
+
+void ExpertStore::prefetch(int layer, const std::int32_t* experts, int count) {
+    residency_.prefetch(layer, experts, count);
+    start_fills();
+}
+
+double ExpertStore::waited_s() { return std::exchange(waited_s_, 0.0); }
+
+// Every record that Residency gave a slot is read into it; who held the slot before is no longer there.
+void ExpertStore::start_fills() {
+    const std::vector<Fill> fills = residency_.take_fills();
+    if (fills.empty()) return;
+    {
+        const std::lock_guard<std::mutex> lock(guard_);
+        for (const Fill& fill : fills) {
+            Reading& reading = readings_[static_cast<std::size_t>(fill.id)];
+            const std::int64_t bytes = layers_[static_cast<std::size_t>(layer_of(fill.id))].record_bytes;
+            reading.state = State::kReading;
+            reading.error_offset = -1;
+            ++reading.turn;
+            reading.left = bytes;
+            reading.is_prefetch = fill.is_prefetch;
+            reading.verifies = settings_.always_verifies || !reading.verified;
+            reading.parts.assign(static_cast<std::size_t>((bytes + kJobBytes - 1) / kJobBytes), 0);
+            auto& queue = fill.is_prefetch ? prefetched_ : wanted_;
+            for (std::int64_t first = 0; first < bytes; first += kJobBytes) {
+                queue.push_back({fill.id, fill.slot, first, std::min(kJobBytes, bytes - first), reading.turn});
+            }
+        }
+    }
+    work_.notify_all();
+}
+
+int ExpertStore::layer_of(std::int64_t id) const {
+    return static_cast<int>(std::upper_bound(first_ids_.begin(), first_ids_.end(), id) - first_ids_.begin()) - 1;
+}
+
+// Nothing of this layer is held any longer, and what is broken is not kept: the next step may try again.
+void ExpertStore::abandon() {
+    open_.insert(open_.end(), out_.begin(), out_.end());
+    residency_.abandon(open_);
+    for (const std::int32_t expert : open_) {
+        Reading& reading = readings_[static_cast<std::size_t>(first_ids_[static_cast<std::size_t>(layer_)] + expert)];
+        if (reading.state != State::kFailed) continue;
+        residency_.forget(expert);
+        reading.state = State::kAbsent;
+    }
+    open_.clear();
+    out_.clear();
+}
+
+void ExpertStore::fail(std::int64_t id) {
+    const Reading reading = readings_[static_cast<std::size_t>(id)];
+    const int layer = layer_of(id);
+    abandon();
+    throw ReadError(reading.kind, layer, static_cast<std::int32_t>(id - first_ids_[static_cast<std::size_t>(layer)]),
+                    reading.error_offset, reading.error);
+}
+
+// --------------------------------------------------------------------------------------------------------- readers
+
+// The first job whose slot nobody else reads into (under the lock). What is no longer wanted so is dropped.
+bool ExpertStore::next_job(Job& job) {
+    for (auto* queue : {&wanted_, &prefetched_}) {
+        for (auto at = queue->begin(); at != queue->end();) {
+            if (readings_[static_cast<std::size_t>(at->id)].turn != at->turn) {
+                at = queue->erase(at);
+                continue;
+            }
+            const SlotUse& use = uses_[static_cast<std::size_t>(at->slot)];
+            if (use.running == 0 || use.id == at->id) {
+                job = *at;
+                queue->erase(at);
+                return true;
+            }
+            ++at;
+        }
+    }
+    return false;
+}
+
+void ExpertStore::read_forever() {
+    std::unique_lock<std::mutex> lock(guard_);
+    for (;;) {
+        Job job{};
+        work_.wait(lock, [&] { return ends_ || next_job(job); });
+        if (ends_) return;
+        SlotUse& use = uses_[static_cast<std::size_t>(job.slot)];
+        use.id = job.id;
+        ++use.running;
+        ++running_;
+        lock.unlock();
+        run(job);
+        lock.lock();
+        --use.running;
+        --running_;
+        if (use.running == 0) work_.notify_all();
+        done_.notify_all();
+    }
+}
+
+void ExpertStore::run(const Job& job) {
+    const RecordLayer& layer = layers_[static_cast<std::size_t>(layer_of(job.id))];
+    const std::int64_t expert = job.id - first_ids_[static_cast<std::size_t>(layer_of(job.id))];
+    const std::int64_t offset = layer.offset + expert * layer.record_bytes + job.first;
+    std::uint8_t* to = settings_.memory + job.slot * settings_.slot_bytes + job.first;
+    bool verifies;
+    {
+        const std::lock_guard<std::mutex> lock(guard_);
+        verifies = readings_[static_cast<std::size_t>(job.id)].verifies;
+    }
+    const ReadResult result = read_record(settings_.file, offset, job.count, to, verifies);
+    if (settings_.drops_cache) posix_fadvise(settings_.file, offset, job.count, POSIX_FADV_DONTNEED);
+    std::unique_lock<std::mutex> lock(guard_);
+    bytes_read_ += result.done;
+    Reading& reading = readings_[static_cast<std::size_t>(job.id)];
+    if (reading.turn != job.turn) return;
+    if (result.done < job.count && reading.error_offset < 0) {
+        reading.kind = result.error != 0 ? ReadError::Kind::kSystem : ReadError::Kind::kShort;
+        reading.error = result.error;
+        reading.error_offset = offset + result.done;
+    }
+    reading.parts[static_cast<std::size_t>(job.first / kJobBytes)] = result.checksum;
+    reading.left -= job.count;
+    if (reading.left == 0) finish(job, lock);
+}
+
+// All parts of a record are there (under the lock, which is given up while a checksum is made).
+void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
+    Reading& reading = readings_[static_cast<std::size_t>(job.id)];
+    const int layer = layer_of(job.id);
+    const RecordLayer& of = layers_[static_cast<std::size_t>(layer)];
+    if (reading.error_offset >= 0) {
+        reading.state = State::kFailed;
+        return;
+    }
+    std::uint32_t checksum = 0;
+    if (reading.verifies) {
+        for (std::size_t part = 0; part < reading.parts.size(); ++part) {
+            const std::int64_t first = static_cast<std::int64_t>(part) * kJobBytes;
+            checksum = join_checksums(checksum, reading.parts[part], std::min(kJobBytes, of.record_bytes - first));
+        }
+    } else if (stamp_of(settings_.file) == stamp_) {
+        reading.state = State::kReady;
+        return;
+    } else {  // somebody wrote to the file since it was opened
+        lock.unlock();
+        checksum = table().crc32c(0, record(job.slot), of.record_bytes);
+        lock.lock();
+    }
+    reading.verified = checksum == checksums_[static_cast<std::size_t>(job.id)];
+    reading.state = reading.verified ? State::kReady : State::kFailed;
+    if (reading.verified) return;
+    reading.kind = ReadError::Kind::kChecksum;
+    reading.error_offset = of.offset + (job.id - first_ids_[static_cast<std::size_t>(layer)]) * of.record_bytes;
+}
+
+// ------------------------------------------------------------------------------------------------ from outside
+
+void ExpertStore::set_capacity(std::int64_t slots) {
+    const std::int64_t before = residency_.capacity();
+    residency_.set_capacity(slots);
+    std::unique_lock<std::mutex> lock(guard_);
+    if (slots < before) {
+        done_.wait(lock, [&] { return running_ == 0 && wanted_.empty() && prefetched_.empty(); });
+        std::uint8_t* from = settings_.memory + slots * settings_.slot_bytes;
+        madvise(from, static_cast<std::size_t>((before - slots) * settings_.slot_bytes), MADV_DONTNEED);
+    }
+}
+
+std::int64_t ExpertStore::seed(const std::vector<std::pair<int, std::int32_t>>& records) {
+    std::int64_t seeded = 0;
+    for (const auto& [layer, expert] : records) {
+        if (!residency_.seed(first_ids_[static_cast<std::size_t>(layer)] + expert)) break;
+        ++seeded;
+    }
+    start_fills();
+    return seeded;
+}
+
+SourceCounts ExpertStore::counts() {
+    const std::lock_guard<std::mutex> lock(guard_);
+    return {residency_.counts(), bytes_read_, residency_.evictions(), late_, stall_s_, looks_ahead_, residency_.slots_used()};
+}
+
+std::vector<std::pair<int, std::int32_t>> ExpertStore::residents() {
+    std::vector<std::pair<int, std::int32_t>> found;
+    for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+        for (std::int64_t id = first_ids_[layer]; id < first_ids_[layer + 1]; ++id) {
+            if (residency_.has(id)) found.emplace_back(static_cast<int>(layer), static_cast<std::int32_t>(id - first_ids_[layer]));
+        }
+    }
+    return found;
+}
+
+// Some tokens with looking ahead, some without, a few times over; then what was faster, for good.
+void ExpertStore::end_step(std::int64_t tokens, double seconds) {
+    if (!settings_.looks_ahead || tokens != 1 || trial_ >= 2 * kTrials) return;
+    const auto turn = static_cast<std::size_t>(trial_ % 2);
+    trial_s_[turn] += seconds;
+    if (++trial_tokens_[turn] % kTrialTokens != 0) return;
+    ++trial_;
+    looks_ahead_ = trial_ % 2 == 0;
+    if (trial_ == 2 * kTrials) looks_ahead_ = trial_s_[0] < trial_s_[1];
+}
+
+}  // namespace fewfire

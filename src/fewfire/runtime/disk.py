@@ -1,0 +1,90 @@
+"""The file of expert records, opened for reading the way this disk is fastest: past the page cache, or through it."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fewfire.checkpoints.pack_layout import Layout
+from fewfire.errors import ConfigError
+from fewfire.kernels.isa import native
+from fewfire.plan.memory import RECORD_ALIGNMENT
+from fewfire.runtime.weights import huge_memory, open_file
+
+_READERS = 4
+_PIECE = 4 * 2**20  # as the store reads (native/store.cpp)
+_ROUND_BYTES, _ROUND_S = 24 * 2**20, 0.1  # of one measurement, whichever is over first
+_CLEARLY = 1.1  # O_DIRECT needs no copy and no page cache: the other way has to be faster by this
+
+
+@dataclass(frozen=True)
+class Access:
+    """How records are read, and how fast either way was: bytes/s, None where it was not tried."""
+
+    is_direct: bool
+    direct_bytes_per_s: float | None = None
+    buffered_bytes_per_s: float | None = None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        return self.direct_bytes_per_s if self.is_direct else self.buffered_bytes_per_s
+
+    def __str__(self) -> str:
+        way = "O_DIRECT" if self.is_direct else "buffered"
+        return way if self.bytes_per_s is None else f"{way}, {self.bytes_per_s / 1e9:.2f} GB/s"
+
+
+def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tuple[int, Access]:
+    """(file descriptor, how it was opened). `direct` None: a probe of some 50 MB decides.
+
+    Raises: ConfigError where the file cannot be read, or not past the page cache where that was asked for.
+    """
+    buffered = open_file(path)
+    if direct is False or not hasattr(os, "O_DIRECT"):
+        return buffered, Access(False)
+    try:
+        past = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(past, [huge_memory(RECORD_ALIGNMENT).numpy().data], 0)
+    except OSError as error:
+        if direct:
+            raise ConfigError(
+                f"{path} cannot be read past the page cache ({error.strerror}); leave --direct"
+            ) from error
+        return buffered, Access(False)
+    if direct:
+        os.close(buffered)
+        return past, Access(True)
+    rates = [(_rate(past, layout, seed), _rate(buffered, layout, seed + 2)) for seed in range(2)]
+    of_direct, of_buffered = (max(each) for each in zip(*rates, strict=True))
+    is_direct = of_buffered < _CLEARLY * of_direct
+    os.close(buffered if is_direct else past)
+    return past if is_direct else buffered, Access(is_direct, of_direct, of_buffered)
+
+
+def _rate(file: int, layout: Layout, seed: int) -> float:
+    """Bytes/s of records from random places, none of them from the page cache."""
+    module = native()
+    assert module is not None
+    memory = huge_memory(_READERS * _PIECE)
+    layers = layout.experts
+    piece = min(_PIECE, *(layer.record_bytes for layer in layers))
+    draw, stop = random.Random(seed), time.perf_counter() + _ROUND_S
+
+    def read(number: int) -> int:
+        if time.perf_counter() > stop:
+            return 0
+        layer = layers[draw.randrange(len(layers))]
+        offset = layer.record_offset(draw.randrange(layer.num_experts))
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, offset, piece, os.POSIX_FADV_DONTNEED)
+        done, _ = module.read_plain(file, offset, piece, memory.data_ptr() + number % _READERS * _PIECE)
+        return done
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(_READERS) as pool:
+        total = sum(pool.map(read, range(max(_READERS, _ROUND_BYTES // piece))))
+    return total / (time.perf_counter() - start)
