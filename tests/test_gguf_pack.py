@@ -44,6 +44,11 @@ def q4_k_m(name: str) -> str:
     return "Q6_K" if any(part in name for part in finer) else "Q4_K"
 
 
+def tied(name: str) -> str:
+    """The table is the head, and finer than the rest."""
+    return "Q6_K" if "token_embd" in name else "Q4_K"
+
+
 def small_blocks(name: str) -> str:
     for part, kind in {"attn_q": "Q4_0", "attn_k": "Q4_1", "ffn_down": "Q5_0", "ffn_up": "Q8_0"}.items():
         if part in name:
@@ -63,6 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
         {**WIDE, "moe_intermediate_size": 96, "intermediate_size": 160, "mlp_only_layers": []},
         small_blocks,
     ),
+    "mixtral-tied": ("mixtral", {**WIDE, "intermediate_size": 256, "tie_word_embeddings": True}, tied),
     "llama-q8_0": ("llama-biases", {**WIDE, "intermediate_size": 160}, lambda name: "Q8_0"),
     "llama-f16": ("llama-biases", {**WIDE, "intermediate_size": 160}, lambda name: "F16"),
     "gpt_oss-mxfp4": ("gpt_oss", {**WIDE, "intermediate_size": 64, "swiglu_limit": 7.0}, gpt_oss),
@@ -177,6 +183,7 @@ def test_blocks_stay_in_their_formats(files, packs, name):
         "qwen3_moe-mixed": {"layers.0.attention.q.weight": "q4_0", "layers.0.attention.k.weight": "q4_1",
                             "layers.0.attention.out.weight": "q8", "layers.1.ffn.experts.down": "q8",
                             "layers.1.ffn.experts.up": "q8_0", "embed.weight": "bf16"},
+        "mixtral-tied": {"embed.weight": "q6_k", "layers.1.attention.out.weight": "q4_k"},
         "llama-q8_0": {"embed.weight": "q8_0", "layers.1.ffn.down.weight": "q8_0", "norm.weight": "f32"},
         "llama-f16": {"embed.weight": "f32", "layers.1.attention.q.weight": "f32"},
         "gpt_oss-mxfp4": {"layers.0.ffn.experts.gate": "mxfp4", "layers.0.ffn.experts.gate_bias": "f32",
@@ -224,6 +231,14 @@ def test_experts_on_disk_give_the_same_bits(packs, name):
         decoder.account.experts = None  # so many slots, whatever the budget
         assert torch.equal(decoder(ids), expected), slots
         assert experts.counts().total.misses > slots and experts.slots <= slots
+
+
+def test_a_tied_table_is_stored_once_and_is_the_head(files, packs):
+    result, opened = packs("mixtral-tied")
+    assert opened.config.tied_head and opened.formats.head == "q6_k"
+    assert "output.weight" not in open_gguf(files("mixtral-tied")).header.tensors
+    assert not any(each.name.startswith("head") for each in opened.layout.trunk)
+    assert any((each.part, each.stored, each.format) == ("head", "q6_k", "q6_k") for each in result.kept)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -304,6 +319,25 @@ def test_blocks_that_are_no_numbers_are_refused_by_name_and_place(files, tmp_pat
     with pytest.raises(FormatError, match=message) as caught:
         pack(tmp_path / "x.gguf", tmp_path / "pack")
     assert "in row 3," in str(caught.value)
+    assert {each.name for each in tmp_path.iterdir()} == {"x.gguf"}
+
+
+def test_plain_tensors_that_are_no_numbers_are_refused_by_name_and_place(files, tmp_path):
+    for name, tensor, bad in [
+        ("llama-f16", "blk.1.attn_v.weight", b"\x00\x7c"),
+        ("llama-f16", "blk.0.attn_norm.weight", b"\x00\x00\xc0\x7f"),
+        ("mixtral-q4_k_m", "blk.1.ffn_gate_inp.weight", b"\x00\x00\x80\xff"),
+    ]:
+        found, raw = open_gguf(files(name)).header.tensors[tensor], bytearray(files(name).read_bytes())
+        at = found.offset + 5 * len(bad)
+        raw[at : at + len(bad)] = bad
+        (tmp_path / "x.gguf").write_bytes(raw)
+        layer = tensor.split(".")[1]
+        message = (
+            rf"x\.gguf: layers\.{layer}\..*weight: holds -?(inf|nan) in row 0, column 5; a weight must be a number"
+        )
+        with pytest.raises(FormatError, match=message):
+            pack(tmp_path / "x.gguf", tmp_path / "pack")
     assert {each.name for each in tmp_path.iterdir()} == {"x.gguf"}
 
 

@@ -127,6 +127,12 @@ def test_error_table_names_every_layer(hubs, tmp_path):
     assert all(0 < loss.relative < 0.2 for loss in result.losses.values())
 
 
+def test_layers_are_listed_in_order(tmp_path):
+    hub = tiny_hub.save(tiny_hub.make("llama", num_hidden_layers=11), tmp_path / "hub")
+    places = [place for place, _, _ in pack(hub, tmp_path / "pack").losses]
+    assert places == ["embed", *(f"layers.{number}" for number in range(11))]
+
+
 def test_only_the_first_layers(hubs, tmp_path):
     pack(hubs["mixtral"], tmp_path / "pack", layers=1)
     assert len(open_pack(tmp_path / "pack").config.layers) == 1

@@ -283,6 +283,21 @@ def test_a_full_disk_keeps_what_is_there(hub, whole, tmp_path):
     assert contents(tmp_path / "pack") == contents(whole[0])
 
 
+def test_what_is_written_again_is_not_counted_as_taken(hub, whole, tmp_path, monkeypatch):
+    """Room is compared with what is left to write when all that no journal names has been given back."""
+    interrupt(hub, tmp_path / "pack", 40)
+    with open(tmp_path / HIDDEN / EXPERTS, "ab") as file:
+        file.write(bytes(10**7))
+    whole_bytes = 2**16 + sum(each.stat().st_size for each in whole[0].iterdir())  # and the journal
+
+    def disk_usage(folder):
+        taken = sum(each.stat().st_size for each in folder.iterdir())
+        return shutil._ntuple_diskusage(whole_bytes, taken, whole_bytes - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    assert pack(hub, tmp_path / "pack").resumed_bytes > 0
+
+
 def test_a_disk_that_is_seen_to_be_too_small_is_said_first(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(BudgetError, match=r"needs .* and the disk has 1000 bytes|needs .* disk has"):

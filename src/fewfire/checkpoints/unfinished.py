@@ -168,6 +168,8 @@ class Unfinished:
         for each in list(self.folder.iterdir()):
             if each.name not in kept:  # small files are written anew
                 remove(each)
+        for file in self.files:
+            self._cut(file)
         if self.entries:
             say(f"{path}: goes on where an earlier write stopped; {format_bytes(self.resumed_bytes)} are there")
 
@@ -195,6 +197,14 @@ class Unfinished:
                 return why
             self.resumed_bytes += each.end(len(self.finished(each))) - len(each.head)
         return None
+
+    def _cut(self, file: Parts) -> None:
+        """Give the disk back what was written after the last part that the journal names."""
+        count, path = len(self.finished(file)), self.folder / file.name
+        if count:
+            os.truncate(path, file.end(count))
+        else:
+            remove(path)
 
     def finished(self, file: Parts) -> list[Entry]:
         """The parts of `file` that an earlier run wrote: the first ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,15 @@ def pack(
             say=say,
         )
     num_bytes = sum(each.stat().st_size for each in Path(out).iterdir())
-    return Packed(Path(out), formats, num_bytes, dict(sorted(source.losses.items())), kept, resumed)
+    return Packed(
+        Path(out), formats, num_bytes, dict(sorted(source.losses.items(), key=_layers_in_order)), kept, resumed
+    )
+
+
+def _layers_in_order(item: tuple[Place, Loss]) -> list[Any]:
+    """Layer 10 comes after layer 9."""
+    words = re.split(r"(\d+)", item[0][0])
+    return [*(word.zfill(9) if word.isdigit() else word for word in words), *item[0][1:]]
 
 
 @contextlib.contextmanager
