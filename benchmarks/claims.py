@@ -6,13 +6,14 @@ Figures come from the planner and from the demo (trained if it is not kept yet).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from machine import describe
 
 import fewfire
+from fewfire.bench import Sweep, SweepRow, sweep
 from fewfire.cli.progress import TrainProgress
 from fewfire.demo import DemoResult, run_demo
 from fewfire.families import published
@@ -115,6 +116,65 @@ def demo_claims(result: DemoResult) -> Iterator[Claim]:
     )
 
 
+def memory_claims(result: DemoResult) -> Iterator[Claim]:
+    """What running from disk decides."""
+    disk = result.disk
+    if disk is not None:
+        yield Claim(
+            "An MoE that does not fit in memory cannot be run",
+            "fewfire demo",
+            f"half of its experts on disk: {disk.num_tokens} tokens, "
+            f"{'the same bit for bit' if disk.same_tokens else 'not the same'}, at {disk.disk_tokens_per_s:,.0f} "
+            f"tokens/s ({disk.disk_predicted or 0:,.0f} predicted) against {disk.resident_tokens_per_s:,.0f} in memory",
+            "measured",
+            "false: it costs speed, not a value" if disk.same_tokens else "true",
+        )
+    laptop = fewfire.plan("mixtral-8x7b", quant="q4", hardware="Laptop 16GB", memory="14GiB").to_json()
+    stream, weights = laptop["hardware"][0]["streaming"], laptop["memory"]["weights_bytes"]
+    speed, disk_speed = stream["decode_tokens_per_s"], stream["tiers"][-1]["bytes_per_s"]
+    yield Claim(
+        "Mixtral 8x7B runs on a 16 GB laptop",
+        "fewfire plan mixtral-8x7b --quant q4 --memory 14GiB --hardware 'Laptop 16GB'",
+        f"{weights / 1e9:.1f} GB in q4: {100 * stream['hit_rate']:.0f} % of expert reads answered from 14 GiB of "
+        f"memory, the rest by an SSD of {disk_speed / 1e9:.0f} GB/s: {speed:.1f} tokens/s",
+        "computed",
+        f"true, slowly: {1 / speed:.1f} s a token, for work that can wait, not for a conversation",
+    )
+
+
+def sweep_claims(swept: Sweep) -> Iterator[Claim]:
+    """What the sweep over random packs decides."""
+    least, most = swept.by_active[0], swept.by_active[-1]
+    slower = least.decode_tokens_per_s / most.decode_tokens_per_s
+    more_read = most.bytes_per_token / least.bytes_per_token
+    yield Claim(
+        "Speed follows active parameters, at one total",
+        "fewfire bench --sweep",
+        f"{format_count(least.total)} parameters, {_listed(swept.by_active, 'top_k')} of {least.num_experts} experts a "
+        f"token: {_listed(swept.by_active, 'decode_tokens_per_s')} tokens/s decoded, "
+        f"{_listed(swept.by_active, 'prefill_tokens_per_s')} read; {more_read:.1f} times the bytes take {slower:.1f} "
+        "times as long",
+        "measured",
+        "true" if 0.5 < slower / more_read < 1.5 else "not in this run",
+    )
+    few, many = swept.by_total[0], swept.by_total[-1]
+    grows, keeps = many.resident_bytes / few.resident_bytes, many.decode_tokens_per_s / few.decode_tokens_per_s
+    memory = ", ".join(f"{row.resident_bytes / 2**20:.0f}" for row in swept.by_total)
+    yield Claim(
+        "Memory follows total parameters, at one number of active ones",
+        "fewfire bench --sweep",
+        f"2 of {_listed(swept.by_total, 'num_experts')} experts a token: {memory} MiB resident, "
+        f"{_listed(swept.by_total, 'decode_tokens_per_s')} tokens/s: {grows:.1f} times the memory at {keeps:.2f} of "
+        "the speed",
+        "measured",
+        "true" if grows > 0.7 * many.total / few.total and keeps > 0.75 else "not in this run",
+    )
+
+
+def _listed(rows: Sequence[SweepRow], name: str) -> str:
+    return ", ".join(f"{getattr(row, name):.0f}" for row in rows)
+
+
 def _busiest(load: list[list[int]]) -> float:
     return max(max(layer) * len(layer) / max(1, sum(layer)) for layer in load)
 
@@ -146,7 +206,7 @@ def main() -> None:
     ]
     lines += [
         f"| {c.claim} | `{c.command}` | {c.figure} | {c.kind} | {c.verdict} |"
-        for c in (*planned_claims(), *demo_claims(result))
+        for c in (*planned_claims(), *demo_claims(result), *memory_claims(result), *sweep_claims(sweep(say=print)))
     ]
     lines += [
         "",

@@ -190,6 +190,10 @@ def test_doctor_measures_and_plan_uses_it(tmp_path, run):
     document = json.loads(result.stdout)
     assert {"isa", "cores", "ram_bytes", "memory_limit_bytes", "ram_read_bytes_per_s", "disk_read_bytes_per_s",
             "int8_ops_per_s"} <= set(document)  # fmt: skip
+    assert max(document["ram_read_bytes_per_s_by_threads"].values()) == document["ram_read_bytes_per_s"]
+    assert len(document["disk_read_bytes_per_s_by_size"]) >= 1
+    if document["kernels"] is not None:  # the extension is built
+        assert document["int8_ops_per_s"] > 1e9 and document["kernels"]["product_ops_per_s"]["q4"]["1"] > 1e8
     made = json.loads(run("plan", "smollm2-135m", "--hardware", "here", "--json").stdout)
     assert made["hardware"][0]["fits"] and made["hardware"][0]["decode_tokens_per_s"] > 1
 

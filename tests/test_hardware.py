@@ -9,6 +9,8 @@ from fewfire.plan import here, limits, plan, probe
 from fewfire.plan.hardware import load_catalogue, parse_hardware
 from fewfire.plan.machine import rank
 from fewfire.plan.memory import choose_formats
+from fewfire.plan.rates import KernelRates
+from fewfire.plan.stream import expected_layer_s
 from fewfire.plan.workload import Workload
 
 CATALOGUE = load_catalogue()
@@ -64,6 +66,7 @@ def test_users_extend_and_override_the_catalogue(tmp_path, monkeypatch):
         ("[[part]]\nname = 'H100 SXM 80GB'\nprice_usd_per_hour = 0", "above zero"),
         ("[[part]]\nname = 'H100 SXM 80GB'\nbandwidth_gbs = 'fast'", "must be a number"),
         ("[[part]\n", "not a TOML"),
+        ("[[part]]\nname = 'H100 SXM 80GB'\nkernels = 1", "unknown key kernels"),
     ],
 )
 def test_a_bad_catalogue_is_one_line(tmp_path, text, words):
@@ -121,6 +124,33 @@ def test_hardware_here_uses_the_stored_profile(tmp_path, monkeypatch):
         plan("olmoe-1b-7b", hardware="here")
 
 
+def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEWFIRE_CACHE", str(tmp_path))
+    slow = KernelRates({"bf16": ((1, 1e9),), "q4": ((1, 2e9), (64, 4e9))}, float_ops_per_s=1e10, fork_join_s=1e-5)
+    made = {}
+    for name, kernels in (("peaks", None), ("measured", slow)):
+        here.store_profile(profile(kernels=kernels))
+        assert here.load_profile() == profile(kernels=kernels)
+        made[name] = plan("olmoe-1b-7b", quant="q4", hardware="here", memory="2GiB")
+    measured, peaks = made["measured"].machines[0], made["peaks"].machines[0]
+    assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
+    assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5, rel=0.2)
+    assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0
+    assert made["measured"].budget_streaming.seconds > measured.decode.seconds
+    here.store_profile(profile(kernels=slow))
+    document = json.loads(here.profile_path().read_text())
+    del document["kernels"]["product_ops_per_s"]["bf16"]
+    here.profile_path().write_text(json.dumps(document))
+    with pytest.raises(FormatError, match="another version"):
+        here.load_profile()
+
+
+def test_reads_of_a_layer_hide_behind_its_work():
+    assert expected_layer_s(8, 0.0, 1.0, 3.0) == 3.0
+    assert expected_layer_s(8, 1.0, 1.0, 2.0) == pytest.approx(8 + 2 / 8)  # all miss: the disk, then the last one
+    assert 3.0 < expected_layer_s(8, 0.5, 1.0, 3.0) < 8
+
+
 def test_a_cgroup_limit_bounds_this_machine():
     part = profile(memory_limit_bytes=8 * 2**30).part()
     assert part.usable_bytes == 8 * 2**30
@@ -138,6 +168,26 @@ def test_the_tightest_cgroup_limit_counts(tmp_path):
     (tmp_path / "sys/fs/cgroup/memory/c/memory.limit_in_bytes").write_text("9223372036854771712")
     assert limits.memory_limit(tmp_path) is None
     assert limits.memory_limit(tmp_path / "nowhere") is None
+
+
+def test_what_a_cgroup_leaves_is_free_but_for_file_pages(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 5000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/a\n")
+    assert limits.free_bytes(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup/a"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("3000000")
+    (group / "memory.current").write_text("2000000")
+    (group / "memory.stat").write_text("anon 1500000\nfile 500000\n")
+    assert limits.free_bytes(tmp_path) == 1_500_000
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/c\n")
+    old = tmp_path / "sys/fs/cgroup/memory/c"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("2000000")
+    (old / "memory.usage_in_bytes").write_text("1900000")
+    (old / "memory.stat").write_text("total_inactive_file 400000\ntotal_active_file 100000\n")
+    assert limits.free_bytes(tmp_path) == 600_000
 
 
 def test_cpuinfo_is_read_by_our_names():

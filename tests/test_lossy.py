@@ -13,11 +13,11 @@ import torch
 
 import fewfire
 from fewfire import kernels
-from fewfire.checkpoints.pack import open_pack
+from fewfire.checkpoints.pack import EXPERTS, open_pack
 from fewfire.checkpoints.pack_writer import write_pack
 from fewfire.cli.main import main
 from fewfire.config import MoEConfig
-from fewfire.errors import BudgetError, ConfigError
+from fewfire.errors import BudgetError, ConfigError, FormatError
 from fewfire.model.router import route
 from fewfire.plan.memory import choose_formats
 from fewfire.runtime.agreement import MOST_POSITIONS, Agreement, LossyGeneration
@@ -309,6 +309,23 @@ def distinct(decoder, ids):
     before = decoder.experts.counts()
     decoder(ids)
     return 2 * decoder.experts.counts().since(before).total.hits
+
+
+def test_a_damaged_record_is_named_though_a_copy_stood_in(folder, tmp_path):
+    high, low = both(folder, "olmoe")
+    copy = open_pack(shutil.copytree(high.folder, tmp_path / "pack"))
+    for layer in copy.layout.experts:
+        for expert in range(layer.num_experts):
+            with open(copy.folder / EXPERTS, "r+b") as file:
+                file.seek(layer.record_offset(expert) + 9)
+                byte = file.read(1)[0]
+                file.seek(layer.record_offset(expert) + 9)
+                file.write(bytes([byte ^ 1]))
+    decoder, ids = streamed(copy, 18, Lossy(low_precision=low)), draw_ids(1, 1)
+    with pytest.raises(FormatError, match=r"pack/experts.bin: layers.0.ffn.experts\[\d\]: byte \d+: is not what was"):
+        for _ in range(4):
+            decoder(ids)
+            settle(decoder)
 
 
 def test_a_low_precision_pack_of_another_model_is_refused(folder, tmp_path):

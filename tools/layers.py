@@ -32,6 +32,7 @@ SIBLINGS = {
     ("config", "errors"),
     ("sizes", "errors"),
     ("demo", "api"),
+    ("bench", "quantize"),  # random packs to sweep over
     ("plan", "families"),
     ("plan", "headers"),
     ("kernels", "_native"),

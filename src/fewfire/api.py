@@ -31,6 +31,7 @@ from fewfire.runtime.generate import Generation, Limits, Measured
 from fewfire.runtime.load import load_module
 from fewfire.runtime.lossy import Lossy
 from fewfire.runtime.packed import account_of, experts_of, load_pack
+from fewfire.runtime.predict import predict_decode
 from fewfire.runtime.sampling import Sampling
 from fewfire.sizes import parse_bytes
 from fewfire.tokenizer import StreamDecoder, Tokenizer
@@ -160,6 +161,14 @@ class Model:
             self.experts = self.module.experts
         else:
             account.change(budget)
+
+    def predict_decode(self, *, context: int, hit_rate: float | None = None) -> float | None:
+        """Tokens/s of one text behind `context` cached tokens, by the planner's formulas and this machine as it is now.
+
+        Measures for some tenths of a second. `hit_rate` of experts that stream (default: the share that memory holds).
+        None for what torch runs.
+        """
+        return predict_decode(self.module, context=context, hit_rate=hit_rate)
 
     def _experts_used(self, measured: Measured) -> Experts:
         if self.experts is None or measured.experts is None:

@@ -21,7 +21,7 @@ def doctor(
     from fewfire.cli.output import note, print_json
     from fewfire.config import cache_folder, check
     from fewfire.plan.here import store_profile
-    from fewfire.plan.probe import probe_machine
+    from fewfire.runtime.probe import probe_machine
 
     folder = disk or cache_folder()
     if disk is None:
@@ -48,12 +48,22 @@ def _print_profile(profile: MachineProfile, path: Path) -> None:
     rows.add_row("cores, threads used", f"{profile.cores}, {profile.threads}")
     rows.add_row("memory", format_bytes(profile.ram_bytes))
     rows.add_row("memory limit (cgroup)", format_bytes(limit) if limit else "none")
-    rows.add_row("memory reads", f"{profile.ram_read_bytes_per_s / 1e9:.1f} GB/s")
-    rows.add_row("disk reads of 2 MiB", f"{disk / 1e9:.2f} GB/s, {way}" if disk else "not measured: no room")
+    for count, speed in profile.ram_read_bytes_per_s_by_threads.items():
+        rows.add_row(f"memory reads, {count} thread{'s' * (count != '1')}", f"{speed / 1e9:.1f} GB/s")
+    for size, speed in profile.disk_read_bytes_per_s_by_size.items():
+        rows.add_row(f"disk reads of {format_bytes(int(size))}", f"{speed / 1e9:.2f} GB/s, {way}")
+    if not disk:
+        rows.add_row("disk reads", "not measured: no room")
     rate = profile.float_ops_per_s
-    rows.add_row("float32 products", f"{rate / 1e9:,.0f} GFLOP/s" if rate else "not measured")
+    rows.add_row("float32 arithmetic", f"{rate / 1e9:,.0f} GFLOP/s" if rate else "not measured")
     ints = profile.int8_ops_per_s
-    rows.add_row("int8 products", f"{ints / 1e9:,.0f} GOP/s" if ints else "not measured")
+    rows.add_row("int8 arithmetic", f"{ints / 1e9:,.0f} GOP/s" if ints else "not measured: no extension")
+    if profile.kernels is not None:
+        rows.add_row("kernels", str(profile.kernel_isa))
+        for name, points in profile.kernels.products.items():
+            one, many = points[0][1], points[-1][1]
+            rows.add_row(f"{name} products", f"{one / 1e9:,.0f} GOP/s of 1 token, {many / 1e9:,.0f} of {points[-1][0]}")
+        rows.add_row("all threads start and end", f"{profile.kernels.fork_join_s * 1e6:.1f} us")
     out = console()
     out.print(rows)
     out.print()

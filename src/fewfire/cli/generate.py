@@ -16,7 +16,7 @@ from fewfire.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fewfire.api import Experts, Generated, Stream
+    from fewfire.api import Experts, Generated, Model, Stream
 
 
 def generate(
@@ -83,9 +83,10 @@ def generate(
 
         for _ in _watched(stream):
             pass
-        print_json(to_json(stream.result()))
+        result = stream.result()
+        print_json(to_json(result, _predicted(loaded, result)))
         return
-    status = _show(stream)
+    status = _show(loaded, stream)
     if status:
         raise typer.Exit(status)
 
@@ -99,7 +100,14 @@ def _read_prompt(prompt: str) -> str:
         raise ConfigError(f"the prompt on stdin is not UTF-8 (byte {error.start}); convert it") from error
 
 
-def _show(stream: Stream) -> int:
+def _predicted(model: Model, result: Generated) -> float | None:
+    """Decode speed by the planner, where one was measured; asked afterwards, so that no token waits for the probe."""
+    if result.decode_tokens_per_s is None or result.lossy is not None:  # the planner's formulas are of exact routing
+        return None
+    return model.predict_decode(context=result.prompt_tokens + len(result.token_ids) // 2)
+
+
+def _show(model: Model, stream: Stream) -> int:
     """Write pieces as they come; 130 where the user interrupted, with what there is so far."""
     from fewfire.cli.output import note
 
@@ -112,7 +120,9 @@ def _show(stream: Stream) -> int:
         status = 130
     sys.stdout.write("\n")
     sys.stdout.flush()
-    note(_summary(stream.result(), interrupted=status != 0))
+    result = stream.result()
+    predicted = None if status else _predicted(model, result)
+    note(_summary(result, predicted, interrupted=status != 0))
     return status
 
 
@@ -155,30 +165,31 @@ def _experts_line(experts: Experts) -> str:
     )
 
 
-def _summary(result: Generated, *, interrupted: bool) -> str:
+def _summary(result: Generated, predicted: float | None, *, interrupted: bool) -> str:
     from fewfire.sizes import format_bytes
 
     def rate(value: float | None) -> str:
         return "" if value is None else f" at {value:.1f} tokens/s"
 
+    beside = "" if predicted is None else f" ({predicted:.1f} predicted)"
     ended = "interrupted" if interrupted else f"ended by {result.finish_reason}"
     return (
         f"{result.prompt_tokens} prompt tokens{rate(result.prefill_tokens_per_s)}, "
-        f"{len(result.token_ids)} new{rate(result.decode_tokens_per_s)}, {ended}; "
+        f"{len(result.token_ids)} new{rate(result.decode_tokens_per_s)}{beside}, {ended}; "
         f"peak memory {format_bytes(result.peak_rss_bytes)}, seed {result.seed}{_experts_line(result.experts)}"
         f"{lossy_line(result.lossy)}"
     )
 
 
-def to_json(result: Generated) -> dict[str, Any]:
-    """The contract's object of one generation."""
+def to_json(result: Generated, predicted: float | None = None) -> dict[str, Any]:
+    """The contract's object of one generation. `predicted`: decode tokens/s by the planner."""
     return {
         "text": result.text,
         "token_ids": result.token_ids,
         "prompt_tokens": result.prompt_tokens,
         "prefill_tokens_per_s": result.prefill_tokens_per_s,
         "decode_tokens_per_s": result.decode_tokens_per_s,
-        "predicted_decode_tokens_per_s": None,
+        "predicted_decode_tokens_per_s": predicted,
         "invariant": result.invariant,
         "invariant_reason": result.invariant_reason,
         "peak_rss_bytes": result.peak_rss_bytes,

@@ -3,43 +3,144 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from fewfire.errors import KernelUnavailable
+from fewfire.formats import sizes
 from fewfire.kernels.isa import native
+from fewfire.kernels.linear import NATIVE_FORMATS
+from fewfire.plan.rates import KernelRates
 
 READ_BYTES = 512 * 2**20  # far more than any cache holds
+_ROWS, _COLUMNS = 1024, 2048  # of a product whose weight the caches hold
+_PLAIN_ROWS = 128  # the same of formats of 2 and 4 bytes
+_FILL = 0x3C  # every byte of the weights: small numbers in all formats, none subnormal
+_UNDISTURBED = 0.0  # of calls of microseconds the fastest: others are those that another process interrupted
+TOKENS = (1, 2, 4, 8, 16, 64)
 
 
-def read_bytes_per_s(threads: int, *, seconds: float = 1.0, num_bytes: int = READ_BYTES) -> float:
-    """Memory bandwidth of `threads` threads that only read, the median of passes over `num_bytes`.
-
-    Raises: KernelUnavailable without the extension.
-    """
+def _module() -> ModuleType:
     module = native()
     if module is None:
-        raise KernelUnavailable(
-            "the bandwidth probe needs the extension fewfire._native; build it with `pip install .`"
-        )
-    memory = torch.ones(num_bytes, dtype=torch.uint8)
-    rates: list[float] = []
+        raise KernelUnavailable("probes need the extension fewfire._native; build it with `pip install .`")
+    return module
+
+
+def _typical_s(run: Callable[[], object], seconds: float, quantile: float = 0.5) -> float:
+    """Seconds of a call: that quantile of all that fit into `seconds`, of at least three."""
+    times: list[float] = []
     stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or not rates:
+    while len(times) < 3 or time.perf_counter() < stop:
         start = time.perf_counter()
-        module.probe_read(memory.data_ptr(), num_bytes, threads)
-        rates.append(num_bytes / (time.perf_counter() - start))
-    return sorted(rates)[len(rates) // 2]
+        run()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[int(len(times) * quantile)]
+
+
+def read_bytes_per_s(
+    threads: int, *, seconds: float = 1.0, num_bytes: int = READ_BYTES, memory: Tensor | None = None
+) -> float:
+    """Memory bandwidth of `threads` threads that only read, the median of passes over `num_bytes`.
+
+    `memory`: uint8 to read instead of new memory, all of it or its first `num_bytes`.
+    Raises: KernelUnavailable without the extension.
+    """
+    module = _module()
+    memory = torch.ones(num_bytes, dtype=torch.uint8) if memory is None else memory
+    count = min(num_bytes, memory.numel())
+    return count / _typical_s(lambda: module.probe_read(memory.data_ptr(), count, threads), seconds)
 
 
 def int8_ops_per_s(threads: int, *, seconds: float = 0.5) -> float:
     """int8 multiplications and additions per second from registers, the best of several runs. Raises as above."""
-    module = native()
-    if module is None:
-        raise KernelUnavailable("the int8 probe needs the extension fewfire._native; build it with `pip install .`")
-    best, stop, rounds = 0.0, time.perf_counter() + seconds, 200_000
-    while time.perf_counter() < stop or not best:
+    return _best_rate(_module().probe_int8, threads, seconds)
+
+
+def float_ops_per_s(threads: int, *, seconds: float = 0.5) -> float:
+    """The same in float32."""
+    return _best_rate(_module().probe_float, threads, seconds)
+
+
+def _best_rate(run: Callable[[int, int], int], threads: int, seconds: float) -> float:
+    """Operations per second: the best of runs that are long enough to time, and a twentieth of `seconds` at most."""
+    rounds, took = 2_000, 0.0
+    while took < min(1e-3, seconds / 40):
+        rounds *= 2
         start = time.perf_counter()
-        done = module.probe_int8(rounds, threads)
+        done = run(rounds, threads)
+        took = time.perf_counter() - start
+    best, stop = done / took, time.perf_counter() + seconds
+    while time.perf_counter() < stop:
+        start = time.perf_counter()
+        done = run(rounds, threads)
         best = max(best, done / (time.perf_counter() - start))
     return best
+
+
+def fork_join_s(threads: int, *, seconds: float = 0.01) -> float:
+    """Seconds until all threads have done a small part of a product and the caller knows."""
+    return _typical_s(_product("q8", 256, 128, 1, threads), seconds, _UNDISTURBED)
+
+
+def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, seconds: float = 0.02) -> float:
+    """Operations per second of a product with `num_tokens` tokens whose weight is in the caches, fork-join left out."""
+    rows = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS
+    took = _typical_s(_product(format_name, rows, _COLUMNS, num_tokens, threads), seconds, _UNDISTURBED)
+    net = max(took - fork_join_s(threads, seconds=seconds / 8), took / 4)
+    return 2 * rows * _COLUMNS * num_tokens / net
+
+
+def kernel_rates(
+    threads: int, formats: Iterable[str] = NATIVE_FORMATS, *, seconds: float = 0.02, tokens: Iterable[int] = TOKENS
+) -> KernelRates:
+    """Rates of all `formats` that have kernels (bf16 always), each of `tokens` timed for `seconds`."""
+    names = sorted({"bf16", *formats} & NATIVE_FORMATS.keys())
+    counts = sorted(tokens)
+    products = {
+        name: _smooth([(count, product_ops_per_s(name, count, threads, seconds=seconds)) for count in counts])
+        for name in names
+    }
+    return KernelRates(
+        products,
+        float_ops_per_s=float_ops_per_s(threads, seconds=seconds),
+        fork_join_s=fork_join_s(threads, seconds=seconds),
+    )
+
+
+def _smooth(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Rates that rise with the tokens, and times too: a point that does otherwise was measured while others ran."""
+    least_s = float("inf")  # of these tokens and a weight
+    for at, (count, rate) in reversed(list(enumerate(points))):
+        least_s = min(least_s, count / rate)
+        points[at] = count, count / least_s
+    most, made = 0.0, []
+    for count, rate in points:
+        most = max(most, rate)
+        made.append((count, most))
+    return tuple(made)
+
+
+def _product(format_name: str, rows: int, columns: int, num_tokens: int, threads: int) -> Callable[[], None]:
+    module, size = _module(), sizes(format_name, (rows, columns))
+    codes = torch.full((size.codes,), _FILL, dtype=torch.uint8)
+    scales = torch.full((max(size.scales, 1),), _FILL, dtype=torch.uint8)
+    values, out = torch.ones((num_tokens, columns)), torch.empty((num_tokens, rows))
+
+    def run() -> None:
+        module.linear(
+            NATIVE_FORMATS[format_name],
+            codes.data_ptr(),
+            scales.data_ptr(),
+            rows,
+            columns,
+            values.data_ptr(),
+            num_tokens,
+            out.data_ptr(),
+            threads,
+        )
+
+    return run

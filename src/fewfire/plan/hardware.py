@@ -17,6 +17,7 @@ from typing import Any
 
 from fewfire.config import check, environment
 from fewfire.errors import ConfigError, FormatError
+from fewfire.plan.rates import KernelRates
 
 OWN_YEARS, USD_PER_KWH, HOURS_PER_YEAR = 3.0, 0.15, 8766.0
 KINDS = ("gpu", "unified", "cpu", "laptop")
@@ -68,7 +69,10 @@ class Payment:
 
 @dataclass(frozen=True)
 class Part:
-    """One device. Rates are the vendor's peaks (decimal, dense); what a step reaches is `efficiency` and the mfu."""
+    """One device. Rates are the vendor's peaks (decimal, dense); what a step reaches is `efficiency` and the mfu.
+
+    `kernels`, of this machine only: rates of arithmetic as measured, taken in place of peaks and the mfu.
+    """
 
     name: str
     kind: str
@@ -103,6 +107,7 @@ class Part:
     sources: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     note: str = ""
+    kernels: KernelRates | None = None
 
     @property
     def short(self) -> str:
@@ -196,7 +201,7 @@ def _key(name: str) -> str:
     return re.sub(r"[^a-z0-9+]", "", name.lower())
 
 
-_FIELDS = {field.name: field for field in fields(Part)}
+_FIELDS = {field.name: field for field in fields(Part) if field.name != "kernels"}
 _NUMBERS = {name for name, field in _FIELDS.items() if "float" in str(field.type) or "int" in str(field.type)}
 
 

@@ -1,23 +1,21 @@
-"""Measures this machine in a few seconds: instruction sets, cores, memory and its limit, read bandwidths, float rate.
+"""What can be measured of this machine without native code: instruction sets, read bandwidths, a float rate.
 
-Numpy is fast enough for a probe: it reads at memory speed and releases the interpreter while it does.
+Numpy is fast enough for a probe: it reads at memory speed and releases the interpreter while it does. Where the
+extension is built, its own probes are taken instead (runtime/probe.py).
 """
 
 from __future__ import annotations
 
-import datetime
 import mmap
 import os
-import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-
-from fewfire.plan.here import MachineProfile
-from fewfire.plan.limits import memory_limit, ram_bytes, usable_threads
+from typing import IO
 
 _FLAGS = {  # /proc/cpuinfo flag -> our name
     "avx2": "avx2",
@@ -35,8 +33,8 @@ _FLAGS = {  # /proc/cpuinfo flag -> our name
     "i8mm": "i8mm",
     "sve": "sve",
 }
-_DISK_READ_BYTES = 2 * 2**20  # about one expert's record
-_DISK_FILE_BYTES = 256 * 2**20
+DISK_READ_BYTES = 2 * 2**20  # about one expert's record
+DISK_FILE_BYTES = 256 * 2**20
 
 
 def read_cpuinfo(text: str) -> tuple[str, tuple[str, ...], int]:
@@ -87,21 +85,40 @@ def probe_float(threads: int, *, seconds: float = 1.5) -> float:
     return best
 
 
+@contextmanager
+def scratch_file(folder: Path) -> Iterator[Path | None]:
+    """A file of random bytes in `folder`, on its disk and not in the page cache; None where there is no room."""
+    try:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix="fewfire-probe-")  # noqa: SIM115
+    except OSError:
+        yield None  # a full or unwritable folder is no reason to fail the whole doctor: it says 'not measured'
+        return
+    with file:
+        yield Path(file.name) if _fill(file.file) else None
+
+
+def _fill(file: IO[bytes]) -> bool:
+    block = os.urandom(2**20)
+    try:
+        for _ in range(DISK_FILE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError:
+        return False
+    return True
+
+
 def probe_disk(folder: Path, *, seconds: float = 4.0) -> tuple[float, bool] | None:
     """(bytes/s, past the page cache) of random reads of expert size from a file in `folder`; None if it is full.
 
-    Reads go past the page cache where the file system allows it; otherwise the pages are dropped first.
+    One reader. Reads go past the page cache where the file system allows it; otherwise the pages are dropped first.
     """
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="fewfire-probe-") as file:
-            block = os.urandom(2**20)
-            for _ in range(_DISK_FILE_BYTES // len(block)):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            return _read_randomly(Path(file.name), seconds)
-    except OSError:
-        return None  # a full or unwritable folder is no reason to fail the whole doctor: it says 'not measured'
+    with scratch_file(folder) as path:
+        try:
+            return None if path is None else _read_randomly(path, seconds)
+        except OSError:
+            return None
 
 
 def _read_randomly(path: Path, seconds: float) -> tuple[float, bool]:
@@ -111,53 +128,17 @@ def _read_randomly(path: Path, seconds: float) -> tuple[float, bool]:
     except OSError:
         descriptor, direct = os.open(path, flags), False
     draw = random.Random(0)
-    places = [draw.randrange(_DISK_FILE_BYTES // _DISK_READ_BYTES) * _DISK_READ_BYTES for _ in range(100_000)]
-    with mmap.mmap(-1, _DISK_READ_BYTES) as buffer:
+    places = [draw.randrange(DISK_FILE_BYTES // DISK_READ_BYTES) * DISK_READ_BYTES for _ in range(100_000)]
+    with mmap.mmap(-1, DISK_READ_BYTES) as buffer:
         try:
             if not direct and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             count, start = 0, time.perf_counter()
             stop = start + seconds
-            limit = len(places) if direct else _DISK_FILE_BYTES // _DISK_READ_BYTES
+            limit = len(places) if direct else DISK_FILE_BYTES // DISK_READ_BYTES
             while time.perf_counter() < stop and count < limit:
-                os.preadv(descriptor, [buffer], places[count] if direct else count * _DISK_READ_BYTES)
+                os.preadv(descriptor, [buffer], places[count] if direct else count * DISK_READ_BYTES)
                 count += 1
-            return count * _DISK_READ_BYTES / (time.perf_counter() - start), direct
+            return count * DISK_READ_BYTES / (time.perf_counter() - start), direct
         finally:
             os.close(descriptor)
-
-
-def probe_machine(
-    disk_folder: Path,
-    *,
-    int8_ops_per_s: float | None = None,
-    say: Callable[[str], None] = lambda message: None,
-) -> MachineProfile:
-    """Measure everything, in well under 30 s. `say` hears what is being measured."""
-    try:
-        name, isa, cores = read_cpuinfo(Path("/proc/cpuinfo").read_text())
-    except OSError:
-        name, isa, cores = platform.processor() or platform.machine(), (), 0
-    threads, memory, limit = usable_threads(), ram_bytes(), memory_limit()
-    say("memory bandwidth")
-    bandwidth = probe_ram(threads, min(memory, limit or memory))
-    say("arithmetic")
-    float_rate = probe_float(threads)
-    say("disk")
-    disk = probe_disk(disk_folder)
-    return MachineProfile(
-        host=platform.node(),
-        date=datetime.date.today().isoformat(),
-        cpu=name,
-        isa=isa,
-        cores=min(cores or threads, threads),
-        threads=threads,
-        ram_bytes=memory,
-        memory_limit_bytes=limit,
-        ram_read_bytes_per_s=bandwidth,
-        disk_read_bytes_per_s=None if disk is None else disk[0],
-        disk_path=str(disk_folder),
-        disk_direct=disk is not None and disk[1],
-        float_ops_per_s=float_rate,
-        int8_ops_per_s=int8_ops_per_s,
-    )

@@ -2,17 +2,21 @@
 
 A roofline in three phases that follow one another (attention over the cache, trunk matrices, experts), each the
 larger of its bytes over the bandwidth reached and its FLOPs over the rate reached; then launches and links. Decode
-reads the experts that the batch wakes, not the active parameters once. What is assumed stands in `Assumptions`.
+reads the experts that the batch wakes, not the active parameters once. What is assumed stands in `Assumptions`; where
+a part's kernels were measured (this machine), their rates take the place of peaks and shares (plan/phases.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from fewfire.plan import links
+from fewfire.plan import links, resident
 from fewfire.plan.count import prefill_flops
 from fewfire.plan.hardware import Part, System
+from fewfire.plan.phases import Phase, attention_phase, experts_phase, trunk_phase
+from fewfire.plan.rates import STEP_S
 from fewfire.plan.workload import Assumptions, Layout, Workload
 
 
@@ -77,6 +81,8 @@ def decode_step(work: Workload, system: System, layout: Layout, batch: int, assu
     `pipeline` micro-batches through stages of an equal share of the layers.
     """
     part, stages, formats = system.part, layout.pipeline, work.formats
+    if part.kernels is not None and layout.devices == 1:
+        return _measured_step(work, part, batch, assume)
     micro = max(1.0, batch / stages)
     local = max(1.0, micro / layout.data)
     rate = bandwidth(part, assume)
@@ -112,6 +118,39 @@ def decode_step(work: Workload, system: System, layout: Layout, batch: int, assu
     )
 
 
+def decode_phases(work: Workload, part: Part, batch: float, assume: Assumptions) -> tuple[Phase, Phase, Phase]:
+    """Attention, trunk and experts of a decode step of `batch` sequences, on a part whose kernels were measured."""
+    rate = bandwidth(part, assume)
+    return (
+        attention_phase(work, part, rate, batch, work.context, batch),
+        trunk_phase(work, part, rate, batch, batch),
+        experts_phase(work, part, rate, batch),
+    )
+
+
+def launches(work: Workload, part: Part, assume: Assumptions) -> float:
+    """Seconds of a step that neither read nor multiply."""
+    each = (part.launch_s or assume.launch_s[part.kind]) * work.num_layers
+    return each + (STEP_S if part.kernels is not None else 0.0)
+
+
+def _measured_step(work: Workload, part: Part, batch: int, assume: Assumptions) -> StepTime:
+    phases = decode_phases(work, part, batch, assume)
+    launch_s = launches(work, part, assume)
+    memory_s, compute_s = sum(each.reading_s for each in phases), sum(each.arithmetic_s for each in phases)
+    parts = {"memory": memory_s, "compute": compute_s, "launches": launch_s}
+    return StepTime(
+        batch=batch,
+        seconds=sum(each.seconds for each in phases) + launch_s,
+        memory_s=memory_s,
+        compute_s=compute_s,
+        launch_s=launch_s,
+        communication_s=0.0,
+        bytes_read=sum(each.num_bytes for each in phases),
+        bound=max(parts, key=lambda name: parts[name]),
+    )
+
+
 @dataclass(frozen=True)
 class PrefillTime:
     """Prompts of `num_tokens` through the model, `together` at a time: seconds to the first token of each.
@@ -136,6 +175,8 @@ def prefill(work: Workload, system: System, layout: Layout, num_tokens: int, ass
     prompts of its own and a pipeline holds one a stage, so `data x pipeline` prompts pass together.
     """
     part = system.part
+    if part.kernels is not None and layout.devices == 1:
+        return measured_prefill(work, part, num_tokens, assume)
     rate = arithmetic_rate(part, work.formats.experts if work.config.is_moe else work.formats.trunk)
     if rate is None:
         return PrefillTime(num_tokens, None, f"the arithmetic rate of {part.name} is not published")
@@ -153,3 +194,32 @@ def prefill(work: Workload, system: System, layout: Layout, num_tokens: int, ass
     seconds = max(memory_s, compute_s) + launch_s + links_s
     bound = max(parts, key=lambda name: parts[name])
     return PrefillTime(num_tokens, seconds, bound, layout.data * layout.pipeline)
+
+
+def chunk_phases(
+    work: Workload, part: Part, num_tokens: int, assume: Assumptions
+) -> Iterator[tuple[int, Phase, Phase, Phase]]:
+    """Each chunk of a prompt: its tokens; attention, trunk and experts. The head runs once, at the end."""
+    rate, chunk = bandwidth(part, assume), min(assume.prefill_chunk, resident.CHUNKS[0])
+    for start in range(0, num_tokens, chunk):
+        tokens = min(chunk, num_tokens - start)
+        seen, ends = start + (tokens + 1) // 2, start + tokens == num_tokens
+        yield (
+            tokens,
+            attention_phase(work.at(start + tokens), part, rate, tokens, seen, 1),
+            trunk_phase(work, part, rate, tokens, 1 if ends else 0),
+            experts_phase(work, part, rate, tokens),
+        )
+
+
+def measured_prefill(work: Workload, part: Part, num_tokens: int, assume: Assumptions) -> PrefillTime:
+    """A prompt on a part whose kernels were measured: the phases of its chunks, one after another."""
+    parts = {"memory": 0.0, "compute": 0.0, "launches": 0.0}
+    seconds = 0.0
+    for _, *phases in chunk_phases(work, part, num_tokens, assume):
+        parts["memory"] += sum(each.reading_s for each in phases)
+        parts["compute"] += sum(each.arithmetic_s for each in phases)
+        parts["launches"] += launches(work, part, assume)
+        seconds += sum(each.seconds for each in phases)
+    bound = max(parts, key=lambda name: parts[name])
+    return PrefillTime(num_tokens, seconds + parts["launches"], bound)

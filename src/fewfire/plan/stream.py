@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 from fewfire.plan.hardware import Part
-from fewfire.plan.memory import PROCESS_BYTES
-from fewfire.plan.speed import bandwidth, expert_bytes
+from fewfire.plan.memory import floor_bytes
+from fewfire.plan.phases import expert_layers
+from fewfire.plan.speed import PrefillTime, bandwidth, chunk_phases, decode_phases, expert_bytes, launches
 from fewfire.plan.workload import Assumptions, Workload
 
 DISK_BYTES_PER_S = 2e9  # where a part names no disk: a middling NVMe drive, reads of expert size
@@ -29,8 +31,9 @@ class Tier:
 
 @dataclass(frozen=True)
 class Streaming:
-    """A decode step with experts over tiers: `shares` of expert reads by tier, in order; `seconds` one after another,
-    `overlapped_s` if all reads ran at once."""
+    """A decode step with experts over tiers: `shares` of expert reads by tier, in order. `seconds`: a layer's reads
+    from disk run while its experts that are here are computed, all else one after another; `overlapped_s` if all reads
+    ran at once."""
 
     batch: int
     tiers: tuple[Tier, ...]
@@ -39,6 +42,7 @@ class Streaming:
     expert_bytes: float
     seconds: float
     overlapped_s: float
+    bound: str
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,9 +80,11 @@ def tiers_of(work: Workload, part: Part, batch: int, assume: Assumptions, *, bud
     `budget` bounds the first tier (`--memory`). A device whose first tier is negative cannot stream.
     """
     memory = part.usable_bytes if budget is None else min(budget, part.usable_bytes)
-    fixed = work.weights.trunk + work.cache.sequence * batch + work.scratch_bytes_per_token * 512
     if part.kind != "gpu" or budget is not None:
-        fixed += PROCESS_BYTES
+        floor = floor_bytes(work.config, work.formats, work.context, batch, weights=work.weights)
+        fixed = floor.total - floor.table["experts in flight"]
+    else:
+        fixed = round(work.weights.trunk + work.cache.sequence * batch + work.scratch_bytes_per_token * 512)
     tiers = [Tier("memory", memory - fixed, bandwidth(part, assume))]
     if part.host_ram_gb and part.host_gbs and budget is None:
         tiers.append(Tier("host RAM", part.host_ram_gb * 1e9 - 8e9, part.host_gbs * 1e9))
@@ -86,30 +92,97 @@ def tiers_of(work: Workload, part: Part, batch: int, assume: Assumptions, *, bud
     return [*tiers, Tier("disk", float("inf"), disk)]
 
 
-def stream(work: Workload, part: Part, tiers: Sequence[Tier], batch: int, assume: Assumptions) -> Streaming | None:
+def stream(
+    work: Workload,
+    part: Part,
+    tiers: Sequence[Tier],
+    batch: int,
+    assume: Assumptions,
+    *,
+    hit_rate: float | None = None,
+) -> Streaming | None:
     """A decode step with experts over `tiers`, hottest first. None if even two layers' experts do not fit the first.
 
-    seconds = trunk, cache and every tier's expert reads, one after another, plus launches.
+    seconds = trunk and cache + for each layer the longer of its reads from disk and its work on experts in memory +
+    launches. `hit_rate` of the first tier, where it is known (a trace, a simulation); two tiers only.
     """
     if not work.routed or not work.weights.per_expert:
         return None
     most = max(routed.top_k for routed, _ in work.routed)
     if tiers[0].free_bytes < 2 * most * work.weights.per_expert:
         return None
+    uniform = _shares(work, tiers, measured=False)
     shares = _shares(work, tiers, measured=True)
+    if hit_rate is not None:
+        assert len(tiers) == 2
+        shares = [hit_rate, 1 - hit_rate]
     awake = expert_bytes(work, batch)
     parts = [awake * share / tier.bytes_per_s for share, tier in zip(shares, tiers)]
-    always = (work.trunk_bytes + work.cache_read * batch) / bandwidth(part, assume)
-    launch = (part.launch_s or assume.launch_s[part.kind]) * work.num_layers
+    launch, others = launches(work, part, assume), parts[1:-1]
+    if part.kernels is not None:
+        attention, trunk, experts = decode_phases(work, part, batch, assume)
+        always, here = attention.seconds + trunk.seconds, experts.seconds
+    else:
+        always, here = (work.trunk_bytes + work.cache_read * batch) / bandwidth(part, assume), parts[0]
+    bounds = {tier.name: seconds for tier, seconds in zip(tiers, parts)}
+    bounds["memory"] = always + here
     return Streaming(
         batch=batch,
         tiers=tuple(tiers),
         shares=tuple(shares),
-        uniform_shares=tuple(_shares(work, tiers, measured=False)),
+        uniform_shares=tuple(uniform),
         expert_bytes=awake,
-        seconds=sum(parts) + always + launch,
-        overlapped_s=max([*parts, always]) + launch,
+        seconds=sum(others) + always + _layers_s(work, batch, shares[-1], tiers[-1].bytes_per_s, here) + launch,
+        overlapped_s=max([*parts, always, here]) + launch,
+        bound=max(bounds, key=lambda name: bounds[name]),
     )
+
+
+def _layers_s(work: Workload, batch: int, miss_rate: float, bytes_per_s: float, work_s: float) -> float:
+    """Seconds in which experts are read and computed, all layers: `work_s` of computing is spread evenly over them."""
+    if miss_rate < 1e-9:
+        return work_s
+    total, layers = 0.0, sum(count for _, count in work.routed)
+    for kind in expert_layers(work):
+        awake = kind.routed.unique(batch)
+        read_s = kind.num_bytes / bytes_per_s
+        total += kind.layers * expected_layer_s(round(awake), miss_rate, read_s, work_s / layers)
+    return total
+
+
+def expected_layer_s(num_awake: int, miss_rate: float, read_s: float, work_s: float) -> float:
+    """E[the longer of a layer's reads and its work], each of `num_awake` experts missing on its own; the expert that
+    comes last is computed after it has come."""
+    expected = 0.0
+    for misses in range(num_awake + 1):
+        chance = comb(num_awake, misses) * miss_rate**misses * (1 - miss_rate) ** (num_awake - misses)
+        last = work_s / num_awake if misses else 0.0
+        expected += chance * max(misses * read_s + last, work_s)
+    return expected
+
+
+def stream_prefill(
+    work: Workload,
+    part: Part,
+    tiers: Sequence[Tier],
+    num_tokens: int,
+    assume: Assumptions,
+    *,
+    hit_rate: float | None = None,
+) -> PrefillTime:
+    """A prompt with experts in memory and on disk, on a part whose kernels were measured: each chunk reads every awake
+    expert that is not in memory once, while others are computed. `hit_rate` None: the share that memory holds."""
+    shares = _shares(work, tiers, measured=True)
+    missing = shares[-1] if hit_rate is None else 1 - hit_rate
+    seconds, parts = 0.0, {"memory": 0.0, "compute": 0.0, "launches": 0.0, "disk": 0.0}
+    for _, attention, trunk, experts in chunk_phases(work, part, num_tokens, assume):
+        disk_s, launch_s = experts.num_bytes * missing / tiers[-1].bytes_per_s, launches(work, part, assume)
+        seconds += attention.seconds + trunk.seconds + max(experts.seconds, disk_s) + launch_s
+        for name, value in (("disk", disk_s), ("launches", launch_s)):
+            parts[name] += value
+        parts["memory"] += attention.reading_s + trunk.reading_s + experts.reading_s
+        parts["compute"] += attention.arithmetic_s + trunk.arithmetic_s + experts.arithmetic_s
+    return PrefillTime(num_tokens, seconds, max(parts, key=lambda name: parts[name]))
 
 
 def _shares(work: Workload, tiers: Sequence[Tier], *, measured: bool) -> list[float]:

@@ -96,6 +96,7 @@ class Workload:
     routed: tuple[tuple[Routed, int], ...]  # each kind of MoE layer of the decoder, and how many
     profile: RoutingProfile | None = None
     scratch_bytes_per_token: float = 0.0  # activations of a step
+    cache_element_bytes: int = 2
 
     @staticmethod
     def of(
@@ -105,6 +106,7 @@ class Workload:
         profile: RoutingProfile | None = None,
         *,
         stored: Stored | None = None,
+        cache_element_bytes: int = 2,
     ) -> Workload:
         """Work out everything about `config` in `formats`; `stored` (a checkpoint's own bytes) overrides native ones.
 
@@ -128,10 +130,11 @@ class Workload:
             formats=formats,
             weights=weights,
             context=context,
-            cache=cache_bytes(config, context),
+            cache=cache_bytes(config, context, element_bytes=cache_element_bytes),
             trunk_bytes=trunk_bytes,
             flops=decode_flops(config, context),
-            cache_read=cache_read_bytes(config, context),
+            cache_read=cache_read_bytes(config, context, element_bytes=cache_element_bytes),
+            cache_element_bytes=cache_element_bytes,
             routed=routed,
             profile=profile,
             scratch_bytes_per_token=activation_bytes(config, 1024) / 1024,
@@ -142,9 +145,9 @@ class Workload:
         return replace(
             self,
             context=context,
-            cache=cache_bytes(self.config, context),
+            cache=cache_bytes(self.config, context, element_bytes=self.cache_element_bytes),
             flops=decode_flops(self.config, context),
-            cache_read=cache_read_bytes(self.config, context),
+            cache_read=cache_read_bytes(self.config, context, element_bytes=self.cache_element_bytes),
         )
 
     @property

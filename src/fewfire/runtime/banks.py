@@ -146,9 +146,9 @@ class ResidentExperts(_Experts):
         module = native()
         assert module is not None
         self.pack, self.num_bytes = pack, pack.layout.expert_bytes
-        self._memory = read_experts(pack, report)
+        self.memory = read_experts(pack, report)
         self.source = module.ResidentExperts(
-            _record_layers(pack), _checksums(pack), self._memory.data_ptr(), self._memory
+            _record_layers(pack), _checksums(pack), self.memory.data_ptr(), self.memory
         )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from fewfire.runtime.weights import huge_memory, open_file
 
 _READERS = 4
 _PIECE = 4 * 2**20  # as the store reads (native/store.cpp)
+PROBE_BYTES = _READERS * _PIECE
 _ROUND_BYTES, _ROUND_S = 24 * 2**20, 0.1  # of one measurement, whichever is over first
+_MOST_BYTES = 8 * 2**30  # of one probe: no disk reads more in its seconds
 _CLEARLY = 1.1  # O_DIRECT needs no copy and no page cache: the other way has to be faster by this
 
 
@@ -65,26 +68,58 @@ def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tupl
     return past if is_direct else buffered, Access(is_direct, of_direct, of_buffered)
 
 
-def _rate(file: int, layout: Layout, seed: int) -> float:
-    """Bytes/s of records from random places, none of them from the page cache."""
+def random_read_bytes_per_s(
+    file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int
+) -> float:
+    """Bytes/s of reads of `num_bytes` from `places()`, by some readers at once, none of it from the page cache: for
+    `seconds` or until `most` bytes are read."""
     module = native()
     assert module is not None
-    memory = huge_memory(_READERS * _PIECE)
-    layers = layout.experts
-    piece = min(_PIECE, *(layer.record_bytes for layer in layers))
-    draw, stop = random.Random(seed), time.perf_counter() + _ROUND_S
+    memory = huge_memory(_READERS * num_bytes)
+    stop = time.perf_counter() + seconds
 
     def read(number: int) -> int:
         if time.perf_counter() > stop:
             return 0
-        layer = layers[draw.randrange(len(layers))]
-        offset = layer.record_offset(draw.randrange(layer.num_experts))
+        offset = places()
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, offset, piece, os.POSIX_FADV_DONTNEED)
-        done, _ = module.read_plain(file, offset, piece, memory.data_ptr() + number % _READERS * _PIECE)
+            os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        done, _ = module.read_plain(file, offset, num_bytes, memory.data_ptr() + number % _READERS * num_bytes)
         return done
 
     start = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
-        total = sum(pool.map(read, range(max(_READERS, _ROUND_BYTES // piece))))
+        total = sum(pool.map(read, range(max(_READERS, most // num_bytes))))
     return total / (time.perf_counter() - start)
+
+
+def _rate(file: int, layout: Layout, seed: int) -> float:
+    """Bytes/s of records from random places, none of them from the page cache."""
+    piece = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
+    return random_read_bytes_per_s(file, _places(layout, seed), piece, seconds=_ROUND_S, most=_ROUND_BYTES)
+
+
+def _places(layout: Layout, seed: int) -> Callable[[], int]:
+    """Where random records begin."""
+    layers, draw = layout.experts, random.Random(seed)
+
+    def place() -> int:
+        layer = layers[draw.randrange(len(layers))]
+        return layer.record_offset(draw.randrange(layer.num_experts))
+
+    return place
+
+
+def records_bytes_per_s(path: Path, layout: Layout, direct: bool, *, seconds: float = 0.5) -> float:
+    """The disk's yardstick beside a streamed run: bytes/s of records from random places, as `Access` reads them.
+
+    Takes PROBE_BYTES of memory meanwhile.
+
+    Raises: ConfigError where the file cannot be read.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_DIRECT) if direct else open_file(path)
+    try:
+        size = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
+        return random_read_bytes_per_s(file, _places(layout, 7), size, seconds=seconds, most=_MOST_BYTES)
+    finally:
+        os.close(file)

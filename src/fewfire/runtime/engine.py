@@ -230,6 +230,13 @@ class NativeDecoder(nn.Module):
             self._open_low()
             self.use(experts)
 
+    @property
+    def resident_weights(self) -> Tensor:
+        """Stored bytes that are in memory anyway: the trunk, or all experts where they are there and are more."""
+        trunk = self.lowered.trunk.memory
+        experts = self.experts.memory if isinstance(self.experts, ResidentExperts) else trunk
+        return experts if experts.numel() > trunk.numel() else trunk
+
     def new_cache(self) -> PagedCache:
         return PagedCache(self.engine.page_bytes, self.account)
 
