@@ -37,7 +37,7 @@ class LossyGeneration(Generation):
     """
 
     def __init__(self, model: NativeDecoder, prompt_ids: Sequence[int], **options: Any):
-        super().__init__(model, prompt_ids, **options)
+        super().__init__(model, prompt_ids, **options)  # type: ignore[arg-type]
         assert model.lossy is not None
         self.native, self.modes = model, model.lossy.modes
         # The first token comes of the prompt, which only top-p routes otherwise.
