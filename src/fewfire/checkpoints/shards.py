@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,6 +160,14 @@ def write_shards(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int = S
 
 def write_safetensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file; larger alignments first, as the format's own writer does, so that all are aligned."""
+    with open(path, "wb") as file:
+        write_safetensors_into(file, tensors, metadata)
+
+
+def write_safetensors_into(
+    file: BinaryIO, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_safetensors` into an open file that is empty."""
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[FILE_DTYPES[tensor.dtype]], tensor.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     end = 0
@@ -173,10 +181,9 @@ def write_safetensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping
         end = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in ordered:
-            values = tensor.values().to(tensor.dtype).contiguous()
-            assert tuple(values.shape) == tuple(tensor.shape), tensor.name
-            if values.numel():
-                file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in ordered:
+        values = tensor.values().to(tensor.dtype).contiguous()
+        assert tuple(values.shape) == tuple(tensor.shape), tensor.name
+        if values.numel():
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
