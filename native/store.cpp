@@ -140,13 +140,14 @@ void ExpertStore::start_fills() {
             reading.state = State::kReading;
             reading.error_offset = -1;
             ++reading.turn;
+            const std::uint32_t slot_turn = ++uses_[static_cast<std::size_t>(fill.slot)].turn;
             reading.left = bytes;
             reading.is_prefetch = fill.is_prefetch;
             reading.verifies = settings_.always_verifies || !reading.verified;
             reading.parts.assign(static_cast<std::size_t>((bytes + kJobBytes - 1) / kJobBytes), 0);
             auto& queue = fill.is_prefetch ? prefetched_ : wanted_;
             for (std::int64_t first = 0; first < bytes; first += kJobBytes) {
-                queue.push_back({fill.id, fill.slot, first, std::min(kJobBytes, bytes - first), reading.turn});
+                queue.push_back({fill.id, fill.slot, first, std::min(kJobBytes, bytes - first), reading.turn, slot_turn});
             }
         }
     }
@@ -181,12 +182,18 @@ void ExpertStore::fail(std::int64_t id) {
 
 // --------------------------------------------------------------------------------------------------------- readers
 
-// The first job whose slot nobody else reads into (under the lock). What is no longer wanted so is dropped.
+// Whether a record has left its slot, or comes anew, since it was to be read.
+bool ExpertStore::is_stale(const Job& job) const {
+    return readings_[static_cast<std::size_t>(job.id)].turn != job.turn || uses_[static_cast<std::size_t>(job.slot)].turn != job.slot_turn;
+}
+
+// The first job whose slot nobody else reads into (under the lock). Stale ones are dropped.
 bool ExpertStore::next_job(Job& job) {
     for (auto* queue : {&wanted_, &prefetched_}) {
         for (auto at = queue->begin(); at != queue->end();) {
-            if (readings_[static_cast<std::size_t>(at->id)].turn != at->turn) {
+            if (is_stale(*at)) {
                 at = queue->erase(at);
+                done_.notify_all();
                 continue;
             }
             const SlotUse& use = uses_[static_cast<std::size_t>(at->slot)];
@@ -236,7 +243,7 @@ void ExpertStore::run(const Job& job) {
     std::unique_lock<std::mutex> lock(guard_);
     bytes_read_ += result.done;
     Reading& reading = readings_[static_cast<std::size_t>(job.id)];
-    if (reading.turn != job.turn) return;
+    if (is_stale(job)) return;
     if (result.done < job.count && reading.error_offset < 0) {
         reading.kind = result.error != 0 ? ReadError::Kind::kSystem : ReadError::Kind::kShort;
         reading.error = result.error;

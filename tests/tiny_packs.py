@@ -134,7 +134,10 @@ HYBRIDS: dict[str, ModelConfig] = {
         (LightningConfig(3, 16), moe(**SELECTED)), (attention(), moe(**SELECTED)),
         normed_residual=(3.5, 3.5, 3.5, 1.0, 1.0, 1.0),
     ),
-    "lstm": model((LstmConfig(64), moe(score="noisy_softmax", renormalize=False)), (LstmConfig(DIM), None)),
+    "lstm": model(
+        (LstmConfig(64), moe(score="noisy_softmax", renormalize=False)), (LstmConfig(DIM), None),
+        norm=NormConfig("none", 1e-6),
+    ),
     "switch": ModelConfig(
         "fewfire", VOCAB, DIM,
         (LayerConfig(attention(relative_bias=BIAS, **APART), moe(**SWITCHED), attention(causal=False, **APART)),),

@@ -62,7 +62,7 @@ private:
     // A part of a record for one reader.
     struct Job {
         std::int64_t id, slot, first, count;
-        std::uint32_t turn;  // of the record's reading that it is part of
+        std::uint32_t turn, slot_turn;  // of the record's reading, and of the slot's use, that it is part of
     };
 
     struct Reading {
@@ -76,13 +76,15 @@ private:
         std::int64_t error_offset = -1;  // where reading failed
     };
 
-    // Who reads into a slot now: what is to come in next waits for it.
+    // Who reads into a slot now: what is to come in next waits for it. Each record that is to come in is a turn.
     struct SlotUse {
         std::int64_t id = -1;
         int running = 0;
+        std::uint32_t turn = 0;
     };
 
     void read_forever();
+    bool is_stale(const Job& job) const;
     bool next_job(Job& job);
     void run(const Job& job);
     void abandon();

@@ -58,6 +58,11 @@ class Experts:
         calls = self.hits + self.misses
         return self.hits / calls if calls else 1.0
 
+    @property
+    def streamed(self) -> bool:
+        """Whether some come from disk."""
+        return self.access != "resident"
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"hit_rate": self.hit_rate}
 

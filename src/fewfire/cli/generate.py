@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fewfire.cli.streaming import CachePolicy, Direct, KvCache, Lookahead, Memory, Readers, VerifyAlways, make_streaming
 from fewfire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fewfire.api import Generated, Stream
+    from collections.abc import Iterator
+
+    from fewfire.api import Experts, Generated, Stream
 
 
 def generate(
@@ -29,13 +33,31 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json or GGUF to leave aside.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with (default: one a core).")] = None,
+    memory: Memory = None,
+    kv_cache: KvCache = "bf16",
+    cache_policy: CachePolicy = None,
+    readers: Readers = None,
+    lookahead: Lookahead = False,
+    verify_always: VerifyAlways = False,
+    direct: Direct = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Go on from a prompt, or answer it with --chat. Speeds go to stderr."""
     text = _read_prompt(prompt)
     from fewfire import api
 
-    loaded = api.load(model, threads=threads, ignore_keys=ignore_key or (), show_progress=sys.stderr.isatty())
+    loaded = api.load(
+        model,
+        threads=threads,
+        memory=memory,
+        context=context,
+        cache=kv_cache,
+        streaming=make_streaming(
+            cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct
+        ),
+        ignore_keys=ignore_key or (),
+        show_progress=sys.stderr.isatty(),
+    )
     stream = loaded.stream(
         text,
         chat=chat,
@@ -53,7 +75,7 @@ def generate(
     if as_json:
         from fewfire.cli.output import print_json
 
-        for _ in stream:
+        for _ in _watched(stream):
             pass
         print_json(to_json(stream.result()))
         return
@@ -77,7 +99,7 @@ def _show(stream: Stream) -> int:
 
     status = 0
     try:
-        for piece in stream:
+        for piece in _watched(stream):
             sys.stdout.write(piece)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -86,6 +108,45 @@ def _show(stream: Stream) -> int:
     sys.stdout.flush()
     note(_summary(stream.result(), interrupted=status != 0))
     return status
+
+
+def _watched(stream: Stream) -> Iterator[str]:
+    """The pieces, while a line in the terminal says how fast they come and where experts are found."""
+    from fewfire.cli.live import LiveLine
+
+    with LiveLine() as line:
+        for piece in stream:
+            if line.is_due(time.monotonic()):
+                line.show(_state(stream.result()))
+            yield piece
+
+
+def _state(result: Generated) -> str:
+    from fewfire.sizes import format_bytes
+
+    speed, experts = result.decode_tokens_per_s, result.experts
+    shown = f"{len(result.token_ids)} tokens" + ("" if speed is None else f", {speed:.1f}/s")
+    if not experts.streamed:
+        return shown
+    return (
+        f"{shown}; experts {100 * experts.hit_rate:.0f} % in memory, {format_bytes(experts.bytes_read)} read, "
+        f"stalled {experts.stall_s:.1f} s"
+    )
+
+
+def _experts_line(experts: Experts) -> str:
+    """What came from disk; nothing where all experts are in memory."""
+    from fewfire.sizes import format_bytes
+
+    if not experts.streamed:
+        return ""
+    ahead = f", read ahead: {experts.prefetch_useful} useful, {experts.prefetch_late} late, "
+    ahead += f"{experts.prefetch_wasted} wasted"
+    return (
+        f"; experts: {100 * experts.hit_rate:.0f} % of {experts.hits + experts.misses} in memory "
+        f"({format_bytes(experts.budget_bytes)}), {format_bytes(experts.bytes_read)} read {experts.access}, "
+        f"stalled {experts.stall_s:.1f} s{ahead if experts.prefetch_useful + experts.prefetch_wasted else ''}"
+    )
 
 
 def _summary(result: Generated, *, interrupted: bool) -> str:
@@ -98,7 +159,7 @@ def _summary(result: Generated, *, interrupted: bool) -> str:
     return (
         f"{result.prompt_tokens} prompt tokens{rate(result.prefill_tokens_per_s)}, "
         f"{len(result.token_ids)} new{rate(result.decode_tokens_per_s)}, {ended}; "
-        f"peak memory {format_bytes(result.peak_rss_bytes)}, seed {result.seed}"
+        f"peak memory {format_bytes(result.peak_rss_bytes)}, seed {result.seed}{_experts_line(result.experts)}"
     )
 
 

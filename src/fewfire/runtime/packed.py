@@ -103,8 +103,8 @@ def _load_hybrid(
     """Torch around native experts: the trunk dequantized, experts as they are stored, in memory or on disk."""
     with torch.device("meta"):
         module = build_model(pack.config)
-    layers = [each for each in module.modules() if isinstance(each, MoELayer)]
-    for layer in layers:
+    layers = {name: each for name, each in module.named_modules() if isinstance(each, MoELayer)}
+    for layer in layers.values():
         del layer.experts
     _fill(module, pack, None)
     context = min(context or DEFAULT_CONTEXT, pack.config.max_context)
@@ -115,7 +115,8 @@ def _load_hybrid(
     experts = ResidentExperts(pack, report) if fits else StreamedExperts(pack, account.expert_bytes, streaming)
     account.experts = experts
     experts.account = account
-    for number, layer in enumerate(layers):
+    for number, held in enumerate(pack.layout.experts):
+        layer = layers[held.prefix.removesuffix(".experts.")]
         config = layer.config
         assert isinstance(config, MoEConfig)
         layer.experts = experts.bank(number, config.expert, weight_on_input=config.router.weight_on == "input")
