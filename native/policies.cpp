@@ -1,5 +1,6 @@
 // The policies by which records leave memory.
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <list>
 #include <map>
@@ -66,12 +67,17 @@ public:
         turn_ = first_id;
         std::vector<std::int64_t>& last = last_[first_id];
         learn(last, first_id, experts, count);
-        for (const std::int64_t id : last) change(id, [](Record& of) { of.is_last = false; });
+        for (const std::int64_t id : last) {
+            record(id).is_last = false;
+            push(id);
+        }
         last.clear();
         for (int i = 0; i < count; ++i) {
             const std::int64_t id = first_id + experts[i];
             last.push_back(id);
-            change(id, [&](Record& of) { of.is_last = true, of.sum += weight_; });
+            record(id).is_last = true;
+            record(id).sum += weight_;
+            push(id);
         }
     }
     void hit(std::int64_t) override {}
@@ -79,46 +85,75 @@ public:
         Record& of = record(id);
         if (!of.is_last) of.sum = std::max(of.sum, weight_);  // expected, but not wanted yet
         of.is_in = true;
-        order(of).insert({of.sum, id});
+        push(id);
     }
-    void remove(std::int64_t id) override {
-        Record& of = record(id);
-        order(of).erase({of.sum, id});
-        of.is_in = false;
-    }
+    void remove(std::int64_t id) override { record(id).is_in = false; }
+
     std::int64_t victim(const std::vector<std::int32_t>& pins) const override {
-        const auto least = [&](const Order& among) {
-            return std::find_if(among.begin(), among.end(), [&](const auto& each) { return pins[static_cast<std::size_t>(each.second)] == 0; });
-        };
-        const auto other = least(others_), recent = least(recent_);
-        if (other == others_.end()) return recent == recent_.end() ? -1 : recent->second;
-        if (recent == recent_.end()) return other->second;
+        const Entry other = least(others_, false, pins), recent = least(recent_, true, pins);
+        if (other.second < 0 || recent.second < 0) return std::max(other.second, recent.second);
         const double bonus = reuse();
-        const bool keeps_recent = (1 - bonus) * share(other->first) <= (1 - bonus) * share(recent->first) + bonus;
-        return keeps_recent ? other->second : recent->second;
+        const bool keeps_recent = (1 - bonus) * share(other.first) <= (1 - bonus) * share(recent.first) + bonus;
+        return keeps_recent ? other.second : recent.second;
     }
 
 private:
-    using Order = std::set<std::pair<double, std::int64_t>>;
+    using Entry = std::pair<double, std::int64_t>;
+    using Heap = std::vector<Entry>;  // the least first; an entry whose record has changed since is no longer true
     struct Record {
-        double sum = 0;        // of the weights of the turns in which it was wanted
+        double sum = 0;  // of the weights of the turns in which it was wanted
         bool is_in = false, is_last = false;
     };
     static constexpr double kGrowth = 1.0108892860517005;  // 2^(1/64): a turn counts half after 64 more
     static constexpr double kMost = 0x1p500;
-    static constexpr double kFade = 255.0 / 256;           // of what is learned, a layer's turn
+    static constexpr double kFade = 255.0 / 256;  // of what is learned, a layer's turn
 
     Record& record(std::int64_t id) { return records_[static_cast<std::size_t>(id)]; }
-    Order& order(const Record& of) { return of.is_last ? recent_ : others_; }
     double share(double sum) const { return std::min(1.0, sum * (1 - 1 / kGrowth) / weight_); }
     double reuse() const { return again_ > expected_ ? (again_ - expected_) / (seen_ - expected_) : 0.0; }
 
-    template <class Change>
-    void change(std::int64_t id, Change made) {
-        Record& of = record(id);
-        if (of.is_in) order(of).erase({of.sum, id});
-        made(of);
-        if (of.is_in) order(of).insert({of.sum, id});
+    void push(std::int64_t id) {
+        const Record& of = record(id);
+        if (!of.is_in) return;
+        Heap& heap = of.is_last ? recent_ : others_;
+        if (heap.size() > 4 * records_.size()) return tidy();
+        heap.emplace_back(of.sum, id);
+        std::push_heap(heap.begin(), heap.end(), std::greater<>());
+    }
+
+    // The least of `heap` that may leave; an id of -1 where there is none. What is not true is dropped.
+    Entry least(Heap& heap, bool is_last, const std::vector<std::int32_t>& pins) const {
+        Heap pinned;
+        Entry found{0, -1};
+        while (!heap.empty() && found.second < 0) {
+            const Entry top = heap.front();
+            const auto at = static_cast<std::size_t>(top.second);
+            const Record& of = records_[at];
+            const bool is_true = of.is_in && of.is_last == is_last && of.sum == top.first;
+            if (is_true && pins[at] == 0) {
+                found = top;
+                break;
+            }
+            std::pop_heap(heap.begin(), heap.end(), std::greater<>());
+            heap.pop_back();
+            if (is_true) pinned.push_back(top);
+        }
+        for (const Entry& entry : pinned) {
+            heap.push_back(entry);
+            std::push_heap(heap.begin(), heap.end(), std::greater<>());
+        }
+        return found;
+    }
+
+    // Heaps of what is true only.
+    void tidy() {
+        recent_.clear(), others_.clear();
+        for (std::size_t id = 0; id < records_.size(); ++id) {
+            const Record& of = records_[id];
+            if (of.is_in) (of.is_last ? recent_ : others_).emplace_back(of.sum, static_cast<std::int64_t>(id));
+        }
+        std::make_heap(recent_.begin(), recent_.end(), std::greater<>());
+        std::make_heap(others_.begin(), others_.end(), std::greater<>());
     }
 
     // All layers have run: what was before counts less.
@@ -126,11 +161,8 @@ private:
         weight_ *= kGrowth;
         if (weight_ < kMost) return;
         weight_ /= kMost;
-        Order all;
-        all.merge(recent_), all.merge(others_);
-        recent_.clear(), others_.clear();
         for (Record& of : records_) of.sum /= kMost;
-        for (const auto& [sum, id] : all) order(record(id)).insert({record(id).sum, id});
+        tidy();
     }
 
     void learn(const std::vector<std::int64_t>& last, std::int64_t first_id, const std::int32_t* experts, int count) {
@@ -144,7 +176,7 @@ private:
     }
 
     std::vector<Record> records_;
-    Order recent_, others_;  // records that are in: those of their layer's last turn, and the others
+    mutable Heap recent_, others_;  // records that are in: those of their layer's last turn, and the others
     std::map<std::int64_t, std::vector<std::int64_t>> last_;  // by a layer's first id: what its last turn wanted
     std::int64_t turn_ = -1;
     double weight_ = 1;

@@ -22,12 +22,21 @@ def read_profile(path: str | Path, *, model: str | None = None, domain: str | No
 
     Raises: ConfigError for a model or domain that is not in it, FormatError for a malformed file.
     """
-    document = _trace_profile(Path(path)) if str(path).endswith(".safetensors") else read_json(Path(path))
+    document = _trace_profile(Path(path)) if _is_trace(Path(path)) else read_json(Path(path))
     if "models" in document:
         return _from_domains(document["models"], str(path), model, domain)
     if domain is not None:
         raise ConfigError(f"{path} holds one profile without domains; leave --domain out")
     return _profile(document, str(path))
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a safetensors header begins there: the four high bytes of its length are zero, as no text's are."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[4:] == b"\0\0\0\0{"
+    except OSError:
+        return False  # read_json says why
 
 
 def _trace_profile(path: Path) -> dict[str, Any]:

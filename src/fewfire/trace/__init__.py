@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fewfire.trace.file import Trace, read_trace, write_trace
 from fewfire.trace.hot import hot_set
-from fewfire.trace.profile import profile_of
+from fewfire.trace.profile import profile_of, save_trace
 from fewfire.trace.record import record
 from fewfire.trace.replay import Replayed, replay, replay_pack
 from fewfire.trace.simulate import POLICIES, Simulated, Step, decode_steps, simulate, steps_of
@@ -24,6 +24,7 @@ __all__ = [
     "record",
     "replay",
     "replay_pack",
+    "save_trace",
     "simulate",
     "steps_of",
     "stretch_counts",

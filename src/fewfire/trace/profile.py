@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from fewfire.config import RoutingProfile, check
-from fewfire.trace.file import Trace
+from fewfire.plan.profile import profile_json
+from fewfire.trace.file import Trace, write_trace
 from fewfire.trace.simulate import DEFAULT_POLICY, decode_steps, simulate
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-CURVE_TOKENS = 4096  # of which the curve is made: more change it little, and cost time
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+CURVE_TOKENS = 1024  # of which the curve is made: more change it little, and cost time
 
 
 def profile_of(trace: Trace, *, policy: str = DEFAULT_POLICY, shares: Sequence[float] = SHARES) -> RoutingProfile:
@@ -23,6 +26,13 @@ def profile_of(trace: Trace, *, policy: str = DEFAULT_POLICY, shares: Sequence[f
     counts = {layer: tuple(row.tolist()) for layer, row in zip(trace.layers, trace.counts(), strict=True)}
     num_experts, top_k = kinds.pop()
     return RoutingProfile(num_experts, top_k, trace.num_tokens, counts, cache_curve(trace, policy, shares))
+
+
+def save_trace(path: str | Path, trace: Trace) -> None:
+    """`write_trace`, with the profile in the header, so that `fewfire plan --routing` needs to read no more. Without it
+    where MoE layers differ."""
+    alike = len(set(zip(trace.num_experts, trace.top_k))) == 1
+    write_trace(path, trace, {"profile": json.dumps(profile_json(profile_of(trace)))} if alike else None)
 
 
 def cache_curve(trace: Trace, policy: str, shares: Sequence[float]) -> tuple[tuple[float, float], ...]:

@@ -94,13 +94,15 @@ def simulate(num_experts: Sequence[int], steps: Sequence[Step], slots: int, poli
     check(slots >= 1, f"slots ({slots}) must be at least 1")
     for step in steps:
         check(0 <= step.layer < len(num_experts), f"layer {step.layer} is not one of {len(num_experts)}")
-        rising = all(a < b for a, b in zip((-1, *step.experts), (*step.experts, num_experts[step.layer])))
+        experts = step.experts
+        rising = bool(experts) and experts[0] >= 0 and experts[-1] < num_experts[step.layer]
         check(
-            rising and bool(step.experts), f"experts {step.experts} of layer {step.layer} are not distinct and rising"
+            rising and sorted(set(experts)) == list(experts),
+            f"experts {experts} of layer {step.layer} are not distinct and rising",
         )
     first_ids = [0]
-    for experts in num_experts:
-        first_ids.append(first_ids[-1] + experts)
+    for count in num_experts:
+        first_ids.append(first_ids[-1] + count)
     slots = min(slots, first_ids[-1])
     module = extension()
     if module is None:
