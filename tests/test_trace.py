@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
+import tiny_hub
 import tiny_packs
 import torch
 from hypothesis import given, settings
@@ -13,10 +14,12 @@ import fewfire
 from fewfire import kernels
 from fewfire.checkpoints.pack import open_pack
 from fewfire.checkpoints.shards import Outgoing, write_safetensors
+from fewfire.cli.main import main
 from fewfire.errors import ConfigError, FormatError
 from fewfire.plan.profile import profile_json, read_profile
 from fewfire.runtime.banks import StreamedExperts, Streaming
 from fewfire.runtime.engine import NativeDecoder
+from fewfire.tokenizer import train_bpe
 from fewfire.trace import (
     POLICIES,
     Step,
@@ -390,3 +393,72 @@ def test_a_profile_holds_counts_and_a_curve(tmp_path):
         with pytest.raises(FormatError, match="cache_curve"):
             read_profile(tmp_path / "profile.json")
     assert fewfire.config.RoutingProfile(8, 2, 1, {}).hit_rate(0.5) is None
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+TEXT = "A router sends each token to a few experts - näive, 日本語, 🙂🙃 and back.\n" * 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny qwen3_moe in hub layout, with a tokenizer, and the pack of it."""
+    tokenizer = train_bpe([TEXT], 300)
+    made = tiny_hub.make("qwen3_moe", vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+    folder = tiny_hub.save(made, tmp_path_factory.mktemp("model"))
+    tokenizer.save(folder)
+    fewfire_command("pack", str(folder), str(folder / "pack"), "--quant", "f32")
+    return folder
+
+
+def fewfire_command(*words):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    return stop.value.code or 0
+
+
+def test_trace_records_texts_and_says_what_it_did(model, tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "trace.safetensors"
+    data.mkdir()
+    (data / "a.txt").write_text(TEXT)
+    (data / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "", "two words")))
+    traces = []
+    for path in (model, model / "pack") if kernels.supported_isas() != ["reference"] else (model,):
+        capsys.readouterr()
+        assert fewfire_command("trace", str(path), str(data), str(out), "--json") == 0
+        said, made = json.loads(capsys.readouterr().out), read_trace(out)
+        assert said == {
+            "tokens": made.num_tokens,
+            "documents": made.num_documents,
+            "layers": len(made.layers),
+            "path": str(out),
+        }
+        assert made.num_documents == len(made.sources) > 4 and made.sources[-1].endswith("b.jsonl:3")
+        assert max(b - a for a, b in pairwise(made.documents)) == 64 and f"{data / 'a.txt'}@64" in made.sources
+        assert read_profile(out).num_tokens == made.num_tokens
+        traces.append(made)
+    agree = (traces[0].ids_TLK.sort(dim=-1).values == traces[-1].ids_TLK.sort(dim=-1).values).float().mean()
+    assert agree > 0.98  # int8 activations move what is nearly a tie
+    assert fewfire_command("trace", str(model), str(data), str(out), "--max-tokens", "70") == 0
+    shown = capsys.readouterr().out
+    assert "70 tokens of 2 documents" in shown and str(out) in shown and read_trace(out).num_tokens == 70
+
+
+def test_what_cannot_be_traced_is_said_in_one_line(model, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("hello")
+    text, out = str(tmp_path / "text.txt"), str(tmp_path / "out.safetensors")
+    for words, message in [
+        ((str(model), str(tmp_path / "absent"), out), "no such file"),
+        ((str(model), text, str(tmp_path)), "is a folder; name a file in it"),
+        ((str(model), text, out, "--context", "65"), "between 1 and 64"),
+        ((str(model), text, out, "--max-tokens", "0"), "max-tokens"),
+        ((str(model), text, out, "--memory", "1MiB"), "below the floor"),
+        ((str(model), text, text + "/out"), "cannot be written"),
+    ]:
+        assert fewfire_command("trace", *words) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and message in said, said
+    with pytest.raises(ConfigError, match="has no MoE layer"):
+        dense = tiny_packs.draw(tiny_packs.MODELS["llama"])
+        fewfire.api.Model(dense, tokenizer=train_bpe([TEXT], 300)).trace(text)
+    assert not (tmp_path / "out.safetensors").exists()
