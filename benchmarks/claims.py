@@ -115,6 +115,32 @@ def demo_claims(result: DemoResult) -> Iterator[Claim]:
     )
 
 
+def memory_claims(result: DemoResult) -> Iterator[Claim]:
+    """What running from disk decides."""
+    disk = result.disk
+    if disk is not None:
+        yield Claim(
+            "An MoE that does not fit in memory cannot be run",
+            "fewfire demo",
+            f"half of its experts on disk: {disk.num_tokens} tokens, "
+            f"{'the same bit for bit' if disk.same_tokens else 'not the same'}, at {disk.disk_tokens_per_s:,.0f} "
+            f"tokens/s ({disk.disk_predicted or 0:,.0f} predicted) against {disk.resident_tokens_per_s:,.0f} in memory",
+            "measured",
+            "false: it costs speed, not a value" if disk.same_tokens else "true",
+        )
+    laptop = fewfire.plan("mixtral-8x7b", quant="q4", hardware="Laptop 16GB", memory="14GiB").to_json()
+    stream, weights = laptop["hardware"][0]["streaming"], laptop["memory"]["weights_bytes"]
+    speed, disk_speed = stream["decode_tokens_per_s"], stream["tiers"][-1]["bytes_per_s"]
+    yield Claim(
+        "Mixtral 8x7B runs on a 16 GB laptop",
+        "fewfire plan mixtral-8x7b --quant q4 --memory 14GiB --hardware 'Laptop 16GB'",
+        f"{weights / 1e9:.1f} GB in q4: {100 * stream['hit_rate']:.0f} % of expert reads answered from 14 GiB of "
+        f"memory, the rest by an SSD of {disk_speed / 1e9:.0f} GB/s: {speed:.1f} tokens/s",
+        "computed",
+        f"true, slowly: {1 / speed:.1f} s a token, for work that can wait, not for a conversation",
+    )
+
+
 def _busiest(load: list[list[int]]) -> float:
     return max(max(layer) * len(layer) / max(1, sum(layer)) for layer in load)
 
@@ -146,7 +172,7 @@ def main() -> None:
     ]
     lines += [
         f"| {c.claim} | `{c.command}` | {c.figure} | {c.kind} | {c.verdict} |"
-        for c in (*planned_claims(), *demo_claims(result))
+        for c in (*planned_claims(), *demo_claims(result), *memory_claims(result))
     ]
     lines += [
         "",

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "checksum_join.hpp"
 #include "dispatch.hpp"
 #include "engine.hpp"
 #include "experts.hpp"
@@ -503,6 +504,7 @@ NB_MODULE(_native, m) {
     m.def("probe_read", &probe_read, unlocked);
     m.def("probe_float", &probe_float, unlocked);
     m.def("crc32c", &crc32c, unlocked);
+    m.def("join_checksums", &fewfire::join_checksums);
     m.def("read_checked", &read_checked, unlocked);
     m.def("read_plain", &read_plain, unlocked);
     m.def("pool_size", [] { return fewfire::Pool::shared().size(); });

@@ -6,6 +6,7 @@ Shares no code with the package: names come from the gguf library's own table, r
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,12 @@ def write(
     tensors: dict[str, Tensor],
     metadata: dict[str, Any],
     *,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     old_latent: bool = False,
     extra: dict[str, Tensor] | None = None,
+    quantize: Callable[[np.ndarray, gguf.GGMLQuantizationType], np.ndarray] = gguf.quantize,
 ) -> None:
+    """`kind`: the type of every large matrix, or of each by its name. `quantize` makes its blocks."""
     arch = getattr(gguf.MODEL_ARCH, ARCH[family])
     layers = metadata["block_count"]
     names = gguf.get_tensor_name_map(arch, layers)
@@ -125,16 +128,17 @@ def write(
         )
         new = new or names.get_name(name, (".weight", ".bias"))
         assert new is not None, name
-        add_tensor(writer, new, values.squeeze() if "shared_expert_gate" in name else values, kind)
+        chosen = kind if isinstance(kind, str) else kind(new)
+        add_tensor(writer, new, values.squeeze() if "shared_expert_gate" in name else values, chosen, quantize)
     for name, values in (extra or {}).items():
-        add_tensor(writer, name, values, "F32")
+        add_tensor(writer, name, values, "F32", quantize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def add_tensor(writer: Any, name: str, values: Tensor, kind: str) -> None:
+def add_tensor(writer: Any, name: str, values: Tensor, kind: str, quantize: Callable[..., np.ndarray]) -> None:
     data = values.float().contiguous().numpy()
     small = values.dim() < 2 or any(part in name for part in KEEP_F32)
     block = 1 if kind in ("F16", "BF16", "F32") else gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
@@ -144,4 +148,4 @@ def add_tensor(writer: Any, name: str, values: Tensor, kind: str) -> None:
         writer.add_tensor(name, data.astype(np.float16))
     else:
         ggml = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, gguf.quantize(data, ggml), raw_dtype=ggml)
+        writer.add_tensor(name, quantize(data, ggml), raw_dtype=ggml)

@@ -70,6 +70,7 @@ def test_all_parts_are_there_and_the_result_is_kept(small):
     assert set(result.yardsticks) == {"gzip -9", "xz -9"} and all(0 < bits < 8 for bits in result.yardsticks.values())
     assert all(len(layers) == 1 and len(layers[0]) == 2 for routes in result.routes.values() for _, layers in routes)
     assert Path(result.picture).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert result.disk is None or (result.disk.same_tokens and result.disk.resident_tokens_per_s > 0)
     assert api.load("demo").generate("def ", max_tokens=3, seed=0).prompt_tokens > 0
     again, kept = story.run_demo(reporter, threads=1)
     assert kept and again.rows == result.rows and len(titles) == 4

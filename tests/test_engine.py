@@ -1,5 +1,7 @@
 """The native engine: against the torch forward of the same weights, and the invariance it promises, bit for bit."""
 
+from itertools import product
+
 import pytest
 import tiny_hub
 import torch
@@ -8,6 +10,7 @@ import fewfire
 from fewfire import kernels
 from fewfire.checkpoints.pack import EXPERTS, open_pack
 from fewfire.errors import ConfigError, FormatError
+from fewfire.formats import GGML_FORMATS
 from fewfire.quantize import pack
 from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.lower import why_not_native
@@ -33,7 +36,7 @@ def folders(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("engine"), {}
     for name, (family, changes) in SHAPES.items():
         hub = tiny_hub.save(tiny_hub.make(family, max_position_embeddings=128, **changes), folder / f"{name}-hub")
-        for quant in ("f32", "q8", "q4"):
+        for quant in ("f32", "q8", "q4", *(GGML_FORMATS if name in ("llama", "qwen3_moe") else ())):
             made[name, quant] = folder / f"{name}-{quant}"
             pack(hub, made[name, quant], quant=quant)
     return made
@@ -60,19 +63,22 @@ def test_logits_are_the_torch_forward(folders, isa, name):
     assert float((ours - expected).norm() / expected.norm()) < 1.5e-2
 
 
+@pytest.mark.parametrize("quant", ["q8", *GGML_FORMATS])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_quantized_logits_stay_near_those_of_the_same_weights(folders, name):
-    """int8 activations; median over positions, since a router may choose otherwise at a few."""
-    native, torch_module = load_pack(folders[name, "q8"]), load_packed_module(folders[name, "q8"])
+def test_quantized_logits_stay_near_those_of_the_same_weights(folders, name, quant):
+    """int8 activations (q8 is at 0.025); median over positions, since a router may choose otherwise at a few."""
+    native, torch_module = load_pack(folders[name, quant]), load_packed_module(folders[name, quant])
     ids = draw_ids(2, 48)
     with torch.inference_mode():
         ours, expected = native(ids), torch_module(ids)
     errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert float(errors.median()) < 3e-2
+    assert float(errors.median()) < 4e-2
 
 
-@pytest.mark.parametrize("quant", ["f32", "q8", "q4"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [*product(SHAPES, ("f32", "q8", "q4")), ("qwen3_moe", "q4_k"), ("qwen3_moe", "q6_k"), ("llama", "q4_1")],
+)
 def test_a_token_does_not_depend_on_batch_chunks_decode_or_threads(folders, name, quant, restore_isa):
     model = load_pack(folders[name, quant])
     ids, before = draw_ids(5, 100), torch.get_num_threads()
@@ -143,7 +149,7 @@ def test_damaged_records_are_refused_before_they_are_used(tmp_path):
     raw[open_pack(tmp_path / "pack").layout.experts[0].record_offset(1) + 9] ^= 1
     (tmp_path / "pack" / EXPERTS).write_bytes(raw)
     model = load_pack(tmp_path / "pack")
-    for damaged in (model.experts.verify, lambda: model(draw_ids(1, 90))):
+    for damaged in (model.experts.verify, lambda: model(draw_ids(1, 60))):
         with pytest.raises(FormatError, match=r"experts.bin: layers.0.ffn.experts\[1\]: byte \d+: is not what was"):
             damaged()
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from fewfire import formats
 from fewfire.errors import ConfigError, FormatError
-from fewfire.formats import Encoded
-from fewfire.plan.memory import FORMATS
+from fewfire.formats import Encoded, ggml, ggml_tiles
+from fewfire.headers.gguf import GGML_BLOCKS
+from fewfire.plan.memory import FORMATS, NATIVE_BLOCKS, bits_per_weight
 
 TILED = ("q8", "q4", "mxfp4")
 GGML = ("q4_0", "q4_1", "q8_0", "q4_k", "q6_k")
@@ -60,35 +61,118 @@ def read_mxfp4(codes, scales, row, column, groups):
     return E2M1[code & 7] * (-1 if code > 7 else 1) * 2.0 ** (exponent - 127)
 
 
-READERS = {"q8": read_q8, "q4": read_q4, "mxfp4": read_mxfp4}
+def half(raw, at):
+    return struct.unpack_from("<e", bytes(raw), at)[0]
 
 
-@pytest.mark.parametrize("name", TILED)
+def nibble(codes, row, column, groups, tile_bytes=1024):
+    tile = row // 16 * groups + column // 128
+    byte = codes[tile * tile_bytes + column % 128 // 8 * 64 + row % 16 * 4 + column % 4]
+    return byte >> 4 if column % 8 >= 4 else byte & 15
+
+
+def read_q4_0(codes, scales, row, column, groups):
+    at = (row // 16 * groups + column // 128) * 128 + (column % 128 // 32 * 16 + row % 16) * 2
+    return (nibble(codes, row, column, groups) - 8) * half(scales, at)
+
+
+def read_q4_1(codes, scales, row, column, groups):
+    at = (row // 16 * groups + column // 128) * 256 + (column % 128 // 32 * 16 + row % 16) * 2
+    return nibble(codes, row, column, groups) * half(scales, at) + half(scales, at + 128)
+
+
+def read_q8_0(codes, scales, row, column, groups):
+    tile = row // 16 * groups + column // 128
+    at = tile * 2048 + column % 128 // 4 * 64 + row % 16 * 4 + column % 4
+    return (codes[at] - 128) * half(scales, tile * 128 + (column % 128 // 32 * 16 + row % 16) * 2)
+
+
+def read_q4_k(codes, scales, row, column, groups):
+    groups += groups % 2
+    piece = (row // 16 * groups + column // 128) // 2 * 256
+    words = struct.unpack_from("<48I", bytes(scales), piece + 64)
+    own, low, third = (words[16 * word + row % 16] for word in range(3))
+    j = column % 256 // 32
+    if j < 4:
+        scale, minimum = own >> 8 * j & 63, low >> 8 * j & 63
+    else:
+        scale = (third >> 8 * (j - 4) & 15) + 16 * (own >> 8 * (j - 4) + 6 & 3)
+        minimum = (third >> 8 * (j - 4) + 4 & 15) + 16 * (low >> 8 * (j - 4) + 6 & 3)
+    d, dmin = half(scales, piece + row % 16 * 2), half(scales, piece + 32 + row % 16 * 2)
+    return np.float32(d * scale) * nibble(codes, row, column, groups) - np.float32(dmin * minimum)
+
+
+def read_q6_k(codes, scales, row, column, groups):
+    groups += groups % 2
+    tile = row // 16 * groups + column // 128
+    low = nibble(codes, row, column, groups, 1536)
+    top = codes[tile * 1536 + 1024 + column % 128 // 16 * 64 + row % 16 * 4 + column % 4] >> column % 16 // 4 * 2 & 3
+    at = tile // 2 * 288
+    scale = struct.unpack_from("<b", bytes(scales), at + 32 + column % 256 // 16 * 16 + row % 16)[0]
+    return np.float32(half(scales, at + row % 16 * 2) * scale) * (low + 16 * top - 32)
+
+
+READERS = {"q8": read_q8, "q4": read_q4, "mxfp4": read_mxfp4, "q4_0": read_q4_0, "q4_1": read_q4_1,
+           "q8_0": read_q8_0, "q4_k": read_q4_k, "q6_k": read_q6_k}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", (*TILED, *GGML))
 def test_decode_is_what_the_document_says_byte_by_byte(name):
     shape, rng = (33, 200), np.random.default_rng(3)
     size = formats.sizes(name, shape)
     codes, scales = rng.integers(0, 256, size.codes, np.uint8), rng.integers(60, 68, size.scales, np.uint8)
     values = formats.decode(Encoded(torch.from_numpy(codes), torch.from_numpy(scales)), name, shape)
     codes, scales = codes.tolist(), scales.tolist()
-    for row, column in [(0, 0), (0, 5), (15, 127), (16, 128), (32, 199), (7, 77), (31, 131)]:
+    for row, column in [(0, 0), (0, 5), (15, 127), (16, 128), (32, 199), (7, 77), (31, 131), (20, 60), (9, 190)]:
         assert values[row, column] == np.float32(READERS[name](codes, scales, row, column, 2)), (row, column)
 
 
-@pytest.mark.parametrize("name", GGML)
-def test_ggml_blocks_decode_as_the_gguf_library_does(name):
+def draw_rows(name, rows, blocks, seed=1):
+    """Rows of ggml blocks as GGUF files hold them: random bits, scales that are numbers."""
+    block, rng = NATIVE_BLOCKS[name], np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, blocks, block.num_bytes), np.uint8)
+    if name == "mxfp4":
+        raw[..., 0] = rng.integers(100, 150, (rows, blocks))
+    for at in {"q4_1": (0, 2), "q4_k": (0, 2), "q6_k": (208,), "mxfp4": ()}.get(name, (0,)):
+        raw[..., at : at + 2] = rng.normal(size=(rows, blocks, 1)).astype(np.float16).view(np.uint8)
+    return torch.from_numpy(raw.reshape(rows, -1))
+
+
+@pytest.mark.parametrize("name", (*GGML, "mxfp4"))
+@pytest.mark.parametrize("rows", [1, 16, 21, 40])
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_ggml_blocks_decode_as_the_gguf_library_does(name, rows, blocks):
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    block, rng = FORMATS[name], np.random.default_rng(1)
-    raw = rng.integers(0, 256, (5, 2, block.num_bytes), np.uint8)
-    for at in {"q4_1": (0, 2), "q4_k": (0, 2), "q6_k": (208,)}.get(name, (0,)):
-        raw[..., at : at + 2] = rng.normal(size=(5, 2, 1)).astype(np.float16).view(np.uint8)
-    raw = raw.reshape(5, -1)
-    expected = dequantize(raw, GGMLQuantizationType[name.upper()])
-    ours = formats.decode(
-        Encoded(torch.from_numpy(raw.reshape(-1)), torch.empty(0, dtype=torch.uint8)), name, expected.shape
-    )
-    assert np.array_equal(ours.numpy(), expected)
+    raw = draw_rows(name, rows, blocks)
+    expected = torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[name.upper()]))
+    made = formats.transcode(raw, name)
+    assert (made.codes.numel(), made.scales.numel()) == formats.sizes(name, expected.shape)
+    ours = formats.decode(made, name, tuple(expected.shape))
+    assert torch.equal(ours.view(torch.int32), expected.view(torch.int32))  # zeros with their signs
+
+
+@pytest.mark.parametrize("name", GGML)
+def test_tiles_lose_no_bit_of_ggml_blocks(name):
+    raw = draw_rows(name, 37, 3)
+    shape = (37, 3 * NATIVE_BLOCKS[name].columns)
+    assert torch.equal(ggml_tiles.from_tiles(formats.transcode(raw, name), name, shape), raw)
+    assert torch.equal(ggml.join(ggml.split(raw, name), name), raw)
+
+
+def test_rows_are_transcoded_in_chunks_as_at_once():
+    raw = draw_rows("q6_k", 700, 2)
+    chunked, whole = formats.transcode(raw, "q6_k"), ggml_tiles.to_tiles(raw, "q6_k")
+    assert torch.equal(chunked.codes, whole.codes) and torch.equal(chunked.scales, whole.scales)
+
+
+def test_sizes_of_ggml_blocks_are_those_of_the_gguf_header():
+    by_name = {name: (columns, num_bytes) for name, columns, num_bytes in GGML_BLOCKS.values()}
+    for name, block in NATIVE_BLOCKS.items():
+        assert by_name[name] == (block.columns, block.num_bytes) and block.rows == 1
+    for name in GGML:  # tiles take not a bit more
+        assert bits_per_weight(name) == 8 * NATIVE_BLOCKS[name].num_bytes / NATIVE_BLOCKS[name].columns
 
 
 @pytest.mark.parametrize("name", formats.PACK_FORMATS)
@@ -166,7 +250,7 @@ def test_rows_can_be_decoded_apart():
 
 def test_encoding_does_not_depend_on_how_rows_are_cut():
     values = draw(3000, 128)
-    for name in TILED:
+    for name in (*TILED, *GGML):
         whole, part = formats.encode(values, name), formats.encode(values[2048:2064], name)
         size = formats.sizes(name, (2048, 128))
         assert torch.equal(whole.codes[size.codes : size.codes + part.codes.numel()], part.codes)

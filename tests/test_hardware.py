@@ -140,6 +140,26 @@ def test_the_tightest_cgroup_limit_counts(tmp_path):
     assert limits.memory_limit(tmp_path / "nowhere") is None
 
 
+def test_what_a_cgroup_leaves_is_free_but_for_file_pages(tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 5000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/a\n")
+    assert limits.free_bytes(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup/a"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("3000000")
+    (group / "memory.current").write_text("2000000")
+    (group / "memory.stat").write_text("anon 1500000\nfile 500000\n")
+    assert limits.free_bytes(tmp_path) == 1_500_000
+    (tmp_path / "proc/self/cgroup").write_text("4:cpu,memory:/c\n")
+    old = tmp_path / "sys/fs/cgroup/memory/c"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("2000000")
+    (old / "memory.usage_in_bytes").write_text("1900000")
+    (old / "memory.stat").write_text("total_inactive_file 400000\ntotal_active_file 100000\n")
+    assert limits.free_bytes(tmp_path) == 600_000
+
+
 def test_cpuinfo_is_read_by_our_names():
     text = (
         "model name : Some CPU\nflags : fpu avx2 fma avx512f avx512_vnni\nphysical id : 0\ncore id : 0\n\n"

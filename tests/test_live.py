@@ -1,6 +1,7 @@
 """The line at the terminal's last row, and what `generate` shows in it."""
 
 import os
+import sys
 
 import pytest
 
@@ -14,15 +15,14 @@ def generated(**experts):
 
 
 @pytest.fixture
-def terminal(monkeypatch, capsys):
+def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("fewfire.cli.live._is_terminal", lambda stream: True)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 24)))
     return monkeypatch
 
 
 def test_below_text_the_last_row_is_kept_out_of_what_scrolls(terminal, capsys):
-    terminal.setattr("sys.stdout.isatty", lambda: True, raising=False)
     with LiveLine() as line:
         assert line.is_due(1.0) and not line.is_due(1.1) and line.is_due(1.3)
         line.show("x" * 100)
@@ -32,7 +32,7 @@ def test_below_text_the_last_row_is_kept_out_of_what_scrolls(terminal, capsys):
 
 
 def test_without_text_it_is_one_line_of_stderr(terminal, capsys):
-    terminal.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    terminal.setattr("fewfire.cli.live._is_terminal", lambda stream: stream is sys.stderr)
     with LiveLine() as line:
         line.show("two")
     assert capsys.readouterr().err == "\r\x1b[2Ktwo\r\x1b[2K"

@@ -127,6 +127,12 @@ def test_error_table_names_every_layer(hubs, tmp_path):
     assert all(0 < loss.relative < 0.2 for loss in result.losses.values())
 
 
+def test_layers_are_listed_in_order(tmp_path):
+    hub = tiny_hub.save(tiny_hub.make("llama", num_hidden_layers=11), tmp_path / "hub")
+    places = [place for place, _, _ in pack(hub, tmp_path / "pack").losses]
+    assert places == ["embed", *(f"layers.{number}" for number in range(11))]
+
+
 def test_only_the_first_layers(hubs, tmp_path):
     pack(hubs["mixtral"], tmp_path / "pack", layers=1)
     assert len(open_pack(tmp_path / "pack").config.layers) == 1
@@ -211,8 +217,8 @@ def test_missing_files_are_refused(copy, name):
 
 
 def test_a_later_version_is_refused(copy):
-    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=3))
-    with pytest.raises(FormatError, match="is 3, this fewfire reads 2; update"):
+    rewrite_manifest(copy, lambda manifest: manifest.update(pack_version=4))
+    with pytest.raises(FormatError, match="is 4, this fewfire reads 3; update"):
         open_pack(copy)
 
 
@@ -220,6 +226,15 @@ HOSTILE = {
     "formats": lambda m: m["formats"].update(experts="q5"),
     "format of another type": lambda m: m["formats"].update(experts=["q4"]),
     "a role too many": lambda m: m["formats"].update(extra="q4"),
+    "quantized norms": lambda m: m["formats"].update(small="q8"),
+    "an override of another type": lambda m: m.update(overrides=["embed.weight"]),
+    "an override's format": lambda m: m["overrides"].update({"embed.weight": "fp8"}),
+    "an override's format of another type": lambda m: m["overrides"].update({"embed.weight": {}}),
+    "an override of nothing": lambda m: m["overrides"].update({"layers.9.ffn.experts.up": "q8"}),
+    "an override of one expert": lambda m: m["overrides"].update({"layers.0.ffn.experts.up[0]": "q8"}),
+    "an override that is not so": lambda m: m["overrides"].update({"layers.0.attention.q.weight": "bf16"}),
+    "a quantized norm": lambda m: m["overrides"].update({"norm.weight": "q8"}),
+    "a quantized router": lambda m: m["overrides"].update({"layers.0.ffn.router.weight": "q8"}),
     "other format": lambda m: m["formats"].update(experts="q8"),
     "offset": lambda m: m["experts"]["layers"][0].update(offset=1 << 62),
     "record size": lambda m: m["experts"]["layers"][1].update(record_bytes=-4096),
@@ -242,14 +257,14 @@ def test_a_manifest_that_lies_is_refused(copy, change):
         open_pack(copy)
 
 
-def test_an_interrupted_write_leaves_nothing(hubs, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing_under_the_name(hubs, tmp_path, monkeypatch):
     def fail(self, layer, expert):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pack_writer._Writer, "_record", fail)
     with pytest.raises(KeyboardInterrupt):
         pack(hubs["olmoe"], tmp_path / "pack")
-    assert not list(tmp_path.iterdir())
+    assert [each.name for each in tmp_path.iterdir()] == [".pack.unfinished"]  # tests/test_resume.py goes on from there
 
 
 # -------------------------------------------------------------------------------------------------- random packs
@@ -286,9 +301,10 @@ def test_padding_of_random_tiles_is_zero():
     from fewfire.quantize.init import RandomWeights
 
     source = RandomWeights(published.load("olmoe-1b-7b"), 0)
-    for name in ("q8", "q4", "mxfp4"):
+    for name in ("q8", "q4", "mxfp4", *formats.GGML_FORMATS):
         whole = formats.decode(source.encoded("x.weight", None, name, (20, 136)), name, (32, 256))
-        assert whole[:20, :136].any() and not whole[20:].any() and not whole[:, 136:].any(), name
+        end = 256 if name in ("q4_k", "q6_k") else 160 if name in formats.GGML_FORMATS else 136  # whole blocks
+        assert whole[:20, :136].any() and not whole[20:].any() and not whole[:, end:].any(), name
 
 
 def test_every_id_of_a_random_pack_decodes_to_its_own_text(tmp_path):

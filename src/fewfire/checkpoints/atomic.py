@@ -32,12 +32,15 @@ _REFUSED = (
 )
 
 
-def write_failure(error: OSError, path: str | Path) -> FewfireError:
+def write_failure(error: OSError, path: str | Path, kept: Path | None = None) -> FewfireError:
     """What to raise when `path` cannot be written: BudgetError (full disk), ConfigError (a path that cannot be
-    written), FewfireError (the disk fails)."""
+    written), FewfireError (the disk fails). `kept`: where what was written so far waits for the next call."""
     reason = error.strerror or type(error).__name__
     if error.errno in _FULL:
-        return BudgetError(f"{path}: the disk is full ({reason}); nothing was left there - free some space")
+        left = "nothing was left there - free some space"
+        if kept is not None:
+            left = f"free some space and run the same again to go on, or remove {kept}"
+        return BudgetError(f"{path}: the disk is full ({reason}); {left}")
     if error.errno in _REFUSED:
         return ConfigError(f"{path} cannot be written ({reason}); choose a folder that exists and is writable")
     return FewfireError(f"{path} could not be written ({reason}); check the disk")
@@ -79,19 +82,24 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     with _writing(path) as temporary:
         temporary.mkdir()
         yield temporary
-        _sync_tree(temporary)
-        retired = path.with_name(f".{path.name}.{os.getpid()}.retired")
-        replaced = overwrite and path.is_dir()
+        become(temporary, path, overwrite=overwrite)
+
+
+def become(temporary: Path, path: Path, *, overwrite: bool) -> None:
+    """Sync all of the folder `temporary` and rename it to `path`; a folder that is there is moved away first."""
+    _sync_tree(temporary)
+    retired = path.with_name(f".{path.name}.{os.getpid()}.retired")
+    replaced = overwrite and path.is_dir()
+    if replaced:
+        os.rename(path, retired)
+    try:
+        os.rename(temporary, path)
+    except OSError:
         if replaced:
-            os.rename(path, retired)
-        try:
-            os.rename(temporary, path)
-        except OSError:
-            if replaced:
-                os.rename(retired, path)
-            raise
-        if replaced:
-            shutil.rmtree(retired, ignore_errors=True)
+            os.rename(retired, path)
+        raise
+    if replaced:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def refuse_occupied(path: str | Path) -> None:
@@ -113,17 +121,26 @@ def _writing(path: Path) -> Iterator[Path]:
     """The temporary beside `path`, gone whatever happens; OSErrors about it become ours; then the parent is synced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        with blaming(path, temporary):
+            remove(temporary)
+            yield temporary
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def blaming(path: Path, temporary: Path, *, keeps: bool = False) -> Iterator[None]:
+    """Within the block `temporary` is written to become `path`. OSErrors about that become ours; then the parent, which
+    is made first, is synced. `keeps`: what was written stays there when the block fails."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_stale(path)
-        _remove(temporary)
-        yield temporary
+        yield
         sync_folder(path.parent)
     except OSError as error:
         if not _concerns(error, path, temporary):
             raise
-        raise write_failure(error, path) from error
-    finally:
-        _remove(temporary)
+        raise write_failure(error, path, temporary if keeps and temporary.is_dir() else None) from error
 
 
 def _concerns(error: OSError, path: Path, temporary: Path) -> bool:
@@ -158,7 +175,8 @@ def _sync_tree(folder: Path) -> None:
         sync_folder(Path(parent))
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a whole folder; what cannot be deleted stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -175,7 +193,7 @@ def _clear_stale(path: Path) -> None:
             if match.group(2) == "retired" and not path.exists():
                 os.rename(entry, path)
             else:
-                _remove(entry)
+                remove(entry)
 
 
 def _alive(pid: int) -> bool:

@@ -55,6 +55,12 @@ class HubCheckpoint:
     stored: Mapping[str, Stored]
     ignored: tuple[str, ...]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what it is."""
+        found = {part.path for each in self.stored.values() for part in each.parts}
+        return [self.folder / "config.json", *sorted(found)]
+
     def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> None:
         """Give every parameter and buffer of `module`, built on the meta device, its values: each is made once.
 

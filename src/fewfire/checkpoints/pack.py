@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from fewfire.errors import ConfigError, FormatError
 from fewfire.formats import PACK_FORMATS, Encoded, decode, sizes
 from fewfire.headers import DTYPE_BYTES, TensorHeader, read_safetensors
 from fewfire.kernels import crc32c
-from fewfire.plan.memory import Formats
+from fewfire.plan.memory import Formats, is_absorbed
+from fewfire.plan.shapes import model_tensors
 
-VERSION = 2  # 1 had CRC-32 checksums
+VERSION = 3  # 1 had CRC-32 checksums, 2 ggml's blocks row by row
 MANIFEST, CONFIG, TRUNK, EXPERTS = "fewfire.json", "config.json", "trunk.safetensors", "experts.bin"
-_MANIFEST_KEYS = {"pack_version", "made_by", "formats", "files", "trunk", "experts", "source", "checksum"}
+_MANIFEST_KEYS = {
+    "pack_version", "made_by", "formats", "overrides", "files", "trunk", "experts", "source", "checksum",
+}  # fmt: skip
 PLAIN_DTYPES = {"f32": "F32", "bf16": "BF16"}
 
 
@@ -143,7 +146,7 @@ def open_pack(folder: str | Path) -> Pack:
     manifest = _read_manifest(folder / MANIFEST)
     _check_files(folder, manifest)
     config = families.read_config(_read_object(folder / CONFIG))
-    formats = _formats(folder / MANIFEST, manifest["formats"])
+    formats = _formats(folder / MANIFEST, manifest, config)
     layout = lay_out(config, formats)
     _check_experts(folder, manifest, layout)
     headers = _check_trunk(folder, manifest, layout)
@@ -183,30 +186,47 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise FormatError("is missing; copy or make the pack again", path=str(path), record=missing[0])
     if manifest["checksum"] != manifest_checksum(manifest):
         raise FormatError(DAMAGED, path=str(path))
-    for key in ("formats", "files", "trunk", "experts"):
+    for key in ("formats", "overrides", "files", "trunk", "experts"):
         if not isinstance(manifest[key], dict):
             raise FormatError(f"is {str(manifest[key])[:60]!r}, expected an object", path=str(path), record=key)
     return manifest
 
 
-def _formats(path: Path, named: Mapping[str, Any]) -> Formats:
-    roles = [field.name for field in fields(Formats) if field.type in ("str", str)]
-    if set(named) != set(roles):
-        odd = sorted(set(named) ^ set(roles))[0]
-        raise FormatError(f"formats are wanted for {', '.join(roles)}", path=str(path), record=f"formats.{odd}")
-    for role, name in named.items():
-        if name not in PACK_FORMATS:
-            raise FormatError(
-                f"is {str(name)[:40]!r}, expected one of {', '.join(PACK_FORMATS)}",
-                path=str(path),
-                record=f"formats.{role}",
-            )
-    chosen: dict[str, Any] = {role: str(named[role]) for role in roles}
-    return Formats(**chosen)
+def _formats(path: Path, manifest: Mapping[str, Any], config: ModelConfig) -> Formats:
+    parts, named = [field.name for field in fields(Formats) if field.type in ("str", str)], manifest["formats"]
+    if set(named) != set(parts):
+        odd = sorted(set(named) ^ set(parts))[0]
+        raise FormatError(f"formats are wanted for {', '.join(parts)}", path=str(path), record=f"formats.{odd}")
+    for key in ("formats", "overrides"):
+        for name, format_name in manifest[key].items():
+            _check_format(path, f"{key}.{name}", format_name, PACK_FORMATS)
+    _check_format(path, "formats.small", named["small"], PLAIN_DTYPES)
+    chosen: dict[str, Any] = {part: str(named[part]) for part in parts}
+    return _override(path, Formats(**chosen), manifest["overrides"], config)
+
+
+def _check_format(path: Path, record: str, found: Any, allowed: Iterable[str]) -> None:
+    if found not in tuple(allowed):
+        message = f"is {str(found)[:40]!r}, expected one of {', '.join(allowed)}"
+        raise FormatError(message, path=str(path), record=record)
+
+
+def _override(path: Path, formats: Formats, overrides: Mapping[str, str], config: ModelConfig) -> Formats:
+    """`formats` with the parameters that have one of their own: only the model's, and only what can be run."""
+    if not overrides:
+        return formats
+    specs = {spec.name: spec for spec in model_tensors(config)}
+    for name, format_name in overrides.items():
+        record = f"overrides.{name}"
+        if name not in specs or specs[name].kind == "select_bias":
+            raise FormatError("is no parameter whose format can be chosen", path=str(path), record=record)
+        if formats.part(specs[name]) in ("small", "router") or is_absorbed(specs[name]):
+            _check_format(path, record, format_name, PLAIN_DTYPES)
+    return replace(formats, overrides=dict(overrides))
 
 
 def formats_to_json(formats: Formats) -> dict[str, str]:
-    """What the manifest says of the formats."""
+    """What the manifest says of the formats of parts."""
     return {key: value for key, value in asdict(formats).items() if isinstance(value, str)}
 
 

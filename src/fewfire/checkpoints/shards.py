@@ -159,7 +159,7 @@ def write_shards(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int = S
 
 
 def write_safetensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file; larger alignments first, as the format's own writer does, so that all are aligned."""
+    """One safetensors file."""
     with open(path, "wb") as file:
         write_safetensors_into(file, tensors, metadata)
 
@@ -168,8 +168,22 @@ def write_safetensors_into(
     file: BinaryIO, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None
 ) -> None:
     """`write_safetensors` into an open file that is empty."""
+    head, ordered = safetensors_layout(tensors, metadata or {"format": "pt"})
+    file.write(head)
+    for tensor in ordered:
+        values = tensor.values().to(tensor.dtype).contiguous()
+        assert tuple(values.shape) == tuple(tensor.shape), tensor.name
+        if values.numel():
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_layout(tensors: Iterable[Outgoing], metadata: Mapping[str, str]) -> tuple[bytes, list[Outgoing]]:
+    """The bytes before the first tensor, and the tensors in the order in which they follow without gaps.
+
+    Larger alignments come first, as with the format's own writer, so that all are aligned.
+    """
     ordered = sorted(tensors, key=lambda tensor: (-DTYPE_BYTES[FILE_DTYPES[tensor.dtype]], tensor.name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in ordered:
         offsets = [end, end + tensor.num_bytes]
@@ -181,9 +195,4 @@ def write_safetensors_into(
         end = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for tensor in ordered:
-        values = tensor.values().to(tensor.dtype).contiguous()
-        assert tuple(values.shape) == tuple(tensor.shape), tensor.name
-        if values.numel():
-            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text, ordered

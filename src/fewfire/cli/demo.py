@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fewfire.demo import DemoResult
+    from fewfire.demo.disk import OnDisk
     from fewfire.demo.smollm2 import SmolResult
 
 
@@ -86,11 +87,39 @@ def print_result(result: DemoResult, out: Console) -> None:
     out.print("\nWhat the MoE writes (prompt in bold)", style="bold")
     for prompt, text in result.samples:
         _print_sample(out, prompt, text)
+    if result.disk is not None:
+        _print_disk(result.disk, out)
     out.print(f"\npicture  {result.picture}", soft_wrap=True)
     out.print(f"model    {result.model}", soft_wrap=True)
+    if result.disk is not None:
+        out.print(f"pack     {result.disk.pack}", soft_wrap=True)
     out.print("It is now a MODEL: fewfire generate demo --prompt 'def main('", soft_wrap=True)
     if result.seconds:
         out.print(f"took     {result.seconds / 60:.1f} minutes", style="dim")
+
+
+def _print_disk(disk: OnDisk, out: Console) -> None:
+    """The same model packed, with and without all of its experts in memory."""
+    from fewfire.cli.output import table
+    from fewfire.sizes import format_bytes
+
+    out.print(
+        f"\nPacked to {disk.format}: {format_bytes(disk.checkpoint_bytes)} become {format_bytes(disk.pack_bytes)}, "
+        f"{format_bytes(disk.expert_bytes)} of it experts. Then half of those stay on disk",
+        style="bold",
+        soft_wrap=True,
+    )
+    shown = table("experts in memory", "tokens/s", "predicted", "found in memory", "read")
+    speeds = (disk.resident_tokens_per_s, disk.resident_predicted), (disk.disk_tokens_per_s, disk.disk_predicted)
+    (fast, expected), (slow, expected_slow) = (
+        (f"{speed:,.0f}", "-" if predicted is None else f"{predicted:,.0f}") for speed, predicted in speeds
+    )
+    shown.add_row(f"all, {format_bytes(disk.expert_bytes)}", fast, expected, "100 %", "-")
+    found = f"{100 * disk.hit_rate:.0f} %"
+    shown.add_row(format_bytes(disk.slot_bytes), slow, expected_slow, found, format_bytes(disk.bytes_read))
+    out.print(shown)
+    same = "the same, bit for bit" if disk.same_tokens else "NOT the same"
+    out.print(f"- {disk.num_tokens} tokens, {same}; experts read {disk.access}.", soft_wrap=True)
 
 
 def _table(result: DemoResult) -> Any:

@@ -23,7 +23,11 @@ def init(
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Write random weights of any published shape straight into a pack, with a tokenizer."""
+    """Write random weights of any published shape straight into a pack, with a tokenizer.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    from fewfire.cli.output import note
     from fewfire.cli.pack import show
     from fewfire.cli.writing import Writing
     from fewfire.quantize import initialise
@@ -40,5 +44,6 @@ def init(
             down=down,
             head=head,
             report=report,
+            say=note,
         )
     show(packed, as_json)

@@ -6,9 +6,13 @@ import os
 import shutil
 import sys
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 _SECONDS = 0.2  # between two states
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    return stream.isatty()
 
 
 class LiveLine:
@@ -19,8 +23,8 @@ class LiveLine:
 
     def __init__(self) -> None:
         size = shutil.get_terminal_size()
-        self.is_on = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb" and size.lines > 4
-        self._below_text = self.is_on and sys.stdout.isatty()
+        self.is_on = _is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") != "dumb" and size.lines > 4
+        self._below_text = self.is_on and _is_terminal(sys.stdout)
         self._rows, self._columns = size.lines, size.columns
         self._next_s = 0.0
 

@@ -1,7 +1,8 @@
-"""`fewfire pack MODEL OUT`: a checkpoint quantized and laid out for running. Parses, calls, prints."""
+"""`fewfire pack MODEL OUT`: a checkpoint quantized, or a GGUF file carried over, and laid out for running."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,22 +14,34 @@ PART = "Format of this part instead of --quant's."
 
 
 def pack(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder, the folder of a training run, or demo.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A checkpoint's folder, the folder of a training run, a .gguf file, a hub id, or demo."),
+    ],
     out: Annotated[str, typer.Argument(help="The folder to write; it must not hold anything yet.")],
     quant: Annotated[
-        str, typer.Option(help="q4: experts q4, the rest q8. mxfp4: experts mxfp4, the rest bf16.")
-    ] = "q4",
+        str | None,
+        typer.Option(
+            help="q4 (default): experts q4, the rest q8. mxfp4: experts mxfp4, the rest bf16. Without it, the weights "
+            "of a .gguf file stay as they are."
+        ),
+    ] = None,
     experts: Annotated[str | None, typer.Option(help=PART)] = None,
     trunk: Annotated[str | None, typer.Option(help=PART)] = None,
     down: Annotated[str | None, typer.Option(help="Format of the experts' last matrix.")] = None,
     head: Annotated[str | None, typer.Option(help=PART)] = None,
     layers: Annotated[int | None, typer.Option(help="Only the first N layers.")] = None,
-    ignore_key: Annotated[list[str] | None, typer.Option(help="A key of config.json to leave aside.")] = None,
+    ignore_key: Annotated[
+        list[str] | None, typer.Option(help="A key of config.json, or of GGUF metadata, to leave aside.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Quantize a checkpoint into a pack, tensor by tensor. Nothing is left in OUT unless all of it was written."""
+    """Quantize a checkpoint, or carry a GGUF file over, into a pack, tensor by tensor.
+
+    Nothing is in OUT before all of it was written. Interrupted, the same command goes on where it stopped.
+    """
     from fewfire import api
-    from fewfire.cli.output import console
+    from fewfire.cli.output import console, note
     from fewfire.cli.writing import Writing
     from fewfire.quantize import pack as run
 
@@ -44,10 +57,23 @@ def pack(
             layers=layers,
             ignore=tuple(ignore_key or ()),
             report=report,
+            say=note,
         )
+    if not as_json and packed.kept:
+        console(stderr=True).print(_kept_table(packed))
     if not as_json and packed.losses:
         console(stderr=True).print(_loss_table(packed))
     show(packed, as_json)
+
+
+def _kept_table(packed: Packed) -> Any:
+    from fewfire.cli.output import table
+
+    shown = table("part", "in the file", "in the pack", "values", "", title="what became of the file's tensors")
+    for each in packed.kept:
+        how = "requantized" if not each.exact else "as it is" if each.stored == each.format else "same values"
+        shown.add_row(each.part, each.stored, each.format, f"{each.values:,}", how)
+    return shown
 
 
 def _loss_table(packed: Packed) -> Any:
@@ -71,7 +97,15 @@ def show(packed: Packed, as_json: bool) -> None:
             {"part": place, "weights": part, "format": name, "values": loss.values, "relative_error": loss.relative}
             for (place, part, name), loss in packed.losses.items()
         ]
-        print_json({"path": str(packed.path), "bytes": packed.num_bytes, "formats": names, "losses": losses})
+        document = {"path": str(packed.path), "bytes": packed.num_bytes, "formats": names}
+        document |= {
+            "overrides": len(packed.formats.overrides),
+            "resumed_bytes": packed.resumed_bytes,
+            "losses": losses,
+        }
+        print_json(document | {"kept": [asdict(each) for each in packed.kept]})
         return
     spelled = ", ".join(f"{part} {name}" for part, name in names.items())
+    if packed.formats.overrides:
+        spelled += f"; {len(packed.formats.overrides)} tensors otherwise"
     note(f"wrote {packed.path}: {format_bytes(packed.num_bytes)} ({spelled})")

@@ -28,9 +28,11 @@ class Writing:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if kind is KeyboardInterrupt:
+            note(f"{self.title}: stopped; the same command goes on from here")
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is not None:

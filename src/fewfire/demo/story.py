@@ -20,6 +20,7 @@ from fewfire.balance import LoadHealth
 from fewfire.checkpoints.atomic import write_bytes
 from fewfire.config import cache_folder, check
 from fewfire.demo.compress import compressed_bits_per_byte
+from fewfire.demo.disk import OnDisk, run_from_disk
 from fewfire.demo.picture import draw
 from fewfire.demo.routes import LINES, routes_of
 from fewfire.demo.runs import MINUTES, DemoRuns, demo_runs
@@ -49,7 +50,8 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo shows. `routes`: line -> (token, experts per layer); `samples`: (prompt, continuation)."""
+    """Everything the demo shows. `routes`: line -> (token, experts per layer); `samples`: (prompt, continuation);
+    `disk`: None where the native engine cannot run."""
 
     key: str
     minutes: float
@@ -60,6 +62,7 @@ class DemoResult:
     samples: list[tuple[str, str]]
     model: str
     picture: str
+    disk: OnDisk | None = None
 
 
 ReporterFactory = Callable[[str], AbstractContextManager[Reporter]]
@@ -105,9 +108,15 @@ def _read_result(folder: Path, key: str) -> DemoResult | None:
     if not path.exists():
         return None
     table = json.loads(path.read_text())
-    if table.get("key") != key or not Path(table["picture"]).exists() or not Path(table["model"]).exists():
+    if (
+        table.get("key") != key
+        or "disk" not in table
+        or not Path(table["picture"]).exists()
+        or not Path(table["model"]).exists()
+    ):
         return None
-    return DemoResult(**{**table, "rows": [Row(**row) for row in table["rows"]]})
+    disk = None if table["disk"] is None else OnDisk(**table["disk"])
+    return DemoResult(**{**table, "rows": [Row(**row) for row in table["rows"]], "disk": disk})
 
 
 def _train_and_look(runs: DemoRuns, folder: Path, reporter: ReporterFactory, threads: int) -> DemoResult:
@@ -142,6 +151,7 @@ def _train_and_look(runs: DemoRuns, folder: Path, reporter: ReporterFactory, thr
         samples=[(prompt, _sample(model, prompt)) for prompt in PROMPTS],
         model=str(model_folder),
         picture=str(picture),
+        disk=run_from_disk(model_folder, cache_folder() / "demo" / "pack", PROMPTS[0]),
     )
 
 

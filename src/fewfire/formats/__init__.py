@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fewfire.config import check
 from fewfire.errors import FormatError
-from fewfire.formats import ggml, tiles
+from fewfire.formats import ggml, ggml_tiles, tiles
 from fewfire.formats.tiles import Encoded
-from fewfire.plan.memory import FORMATS, PLAN_ONLY, matrix_bytes
+from fewfire.plan.memory import FORMATS, NATIVE_BLOCKS, PLAN_ONLY, matrix_bytes
 
-__all__ = ["PACK_FORMATS", "Encoded", "Sizes", "decode", "decode_rows", "encode", "sizes"]
+__all__ = ["GGML_FORMATS", "PACK_FORMATS", "Encoded", "Sizes", "decode", "decode_rows", "encode", "sizes", "transcode"]
 
 PACK_FORMATS = tuple(name for name in FORMATS if name not in PLAN_ONLY)
 _PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -27,6 +27,8 @@ _TILED: dict[str, tuple[Callable[[Tensor], Encoded], Callable[[Encoded, tuple[in
     "q4": (tiles.encode_q4, tiles.decode_q4),
     "mxfp4": (tiles.encode_mxfp4, tiles.decode_mxfp4),
 }
+GGML_FORMATS = ggml.NAMES
+_CODE_BYTES = tiles.CODE_BYTES | ggml_tiles.CODE_BYTES  # of a block
 _CHUNK_VALUES = 1 << 18  # values encoded at a time: what the processor's cache holds
 _NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
@@ -45,10 +47,9 @@ class Sizes(NamedTuple):
 def sizes(name: str, shape: tuple[int, ...]) -> Sizes:
     """Bytes of codes and scales of a matrix (N, K), or a vector (K,), in format `name`."""
     total = matrix_bytes(name, shape)
-    if name not in _TILED:
+    if name not in _CODE_BYTES:
         return Sizes(total, 0)
-    block = FORMATS[name]
-    codes = total // block.num_bytes * tiles.CODE_BYTES[name]
+    codes = total // FORMATS[name].num_bytes * _CODE_BYTES[name]
     return Sizes(codes, total - codes)
 
 
@@ -60,20 +61,48 @@ def encode(values: Tensor, name: str, *, record: str | None = None) -> Encoded:
     """
     check_format(name)
     rows = values.detach().reshape(-1, values.shape[-1]) if values.dim() else values.detach().reshape(1, 1)
-    finite = torch.isfinite(rows).all(dim=1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        column = int((~torch.isfinite(rows[row])).nonzero()[0])
-        raise FormatError(
-            f"holds {float(rows[row, column])} in row {row}, column {column}; a weight must be a number: "
-            "repair the checkpoint",
-            record=record,
-        )
+    _check_numbers(rows, 1, record)
     if name in _PLAIN:
         return Encoded(rows.to(_PLAIN[name]).contiguous().reshape(-1).view(torch.uint8), _NO_BYTES)
-    step = max(1, _CHUNK_VALUES // max(rows.shape[1], 1) // tiles.ROWS) * tiles.ROWS
-    one = _TILED[name][0] if name in _TILED else lambda part: Encoded(ggml.ENCODERS[name](part), _NO_BYTES)
-    parts = [one(part.float()) for part in rows.split(step)]
+    one = _TILED[name][0] if name in _TILED else lambda part: ggml_tiles.to_tiles(ggml.encode(part, name), name)
+    return _in_chunks(lambda part: one(part.float()), rows, rows.shape[1])
+
+
+def transcode(rows: Tensor, name: str, *, record: str | None = None) -> Encoded:
+    """What packs hold of rows (uint8 (N, bytes)) of whole ggml blocks of format `name`: the same bits, or, of ggml's
+    mxfp4, the same values. `record` is for errors.
+
+    Raises: FormatError for blocks whose values are no numbers.
+    """
+    block = NATIVE_BLOCKS[name]
+    columns = rows.shape[1] // block.num_bytes * block.columns
+    made = _in_chunks(lambda part: ggml_tiles.to_tiles(part, name), rows, columns)
+    if name == "mxfp4":  # a large exponent overflows with a large code only
+        _check_numbers(decode(made, name, (rows.shape[0], columns)), 1, record)
+    else:
+        for numbers in ggml.scales(rows, name):
+            _check_numbers(numbers, ggml.FORMS[name].run, record)
+    return made
+
+
+def _check_numbers(values: Tensor | None, columns: int, record: str | None) -> None:
+    """Raise FormatError for the first of `values` (N, n) that is none; each belongs to as many `columns`."""
+    finite = None if values is None else torch.isfinite(values)
+    if values is None or finite is None or bool(finite.all()):
+        return
+    row = int((~finite.all(dim=1)).nonzero()[0])
+    at = int((~finite[row]).nonzero()[0])
+    raise FormatError(
+        f"holds {float(values[row, at])} in row {row}, column {at * columns}; a weight must be a number: "
+        "repair the checkpoint",
+        record=record,
+    )
+
+
+def _in_chunks(one: Callable[[Tensor], Encoded], rows: Tensor, columns: int) -> Encoded:
+    """`one` of a few blocks of 16 rows at a time, so that its scratch stays in the processor's cache."""
+    step = max(1, _CHUNK_VALUES // max(columns, 1) // tiles.ROWS) * tiles.ROWS
+    parts = [one(part) for part in rows.split(step)]
     return Encoded(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
 
 
@@ -95,7 +124,7 @@ def decode(encoded: Encoded, name: str, shape: tuple[int, ...]) -> Tensor:
     elif name in _TILED:
         values = _TILED[name][1](encoded, matrix)
     else:
-        values = ggml.DECODERS[name](encoded.codes.reshape(matrix[0], -1))[:, : matrix[1]]
+        values = ggml.decode(ggml_tiles.from_tiles(encoded, name, matrix), name)[:, : matrix[1]]
     return values.reshape(shape)
 
 

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from fewfire.errors import KernelUnavailable
 from fewfire.kernels import reference
 from fewfire.kernels.isa import extension
 
@@ -21,6 +22,19 @@ def crc32c(values: Tensor, before: int = 0) -> int:
     if module is None:
         return reference.crc32c(flat, before)
     return module.crc32c(before, flat.data_ptr(), flat.numel())
+
+
+def join_crc32c(first: int, second: int, num_bytes: int) -> int:
+    """CRC-32C of two runs of bytes from those of each, `second` of `num_bytes` bytes: parts are read side by side.
+
+    Raises: KernelUnavailable without the extension, which alone reads in parts.
+    """
+    module = extension()
+    if module is None:
+        raise KernelUnavailable(
+            "checksums are joined by the native extension, which is not built; `pip install .` does"
+        )
+    return module.join_checksums(first, second, num_bytes)
 
 
 def read_checked(file: int, offset: int, values: Tensor, before: int = 0) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """Products with weights as packs hold them: activations become int8 for each token and 128 columns.
 
-Native on the CPU for q8, q4, mxfp4, bf16 and f32; GGUF's blocks run on the reference, dequantized.
-T tokens, K inputs, N outputs, G groups of 128 inputs.
+Native on the CPU for every format that packs hold. T tokens, K inputs, N outputs, G groups of 128 inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from fewfire.kernels import reference
 from fewfire.kernels.isa import native
 
 # The order of WeightFormat in native/include/quantized.hpp.
-NATIVE_FORMATS = {"f32": 0, "bf16": 1, "q8": 2, "q4": 3, "mxfp4": 4}
+NATIVE_FORMATS = {
+    "f32": 0, "bf16": 1, "q8": 2, "q4": 3, "mxfp4": 4, "q4_0": 5, "q4_1": 6, "q8_0": 7, "q4_k": 8, "q6_k": 9,
+}  # fmt: skip
 GROUP, SUMS = 128, 13
 
 
@@ -43,7 +44,7 @@ def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int], *, threads: int = 0) -> Tensor:
     """(T, N) float32: `x_TK` times a `weight` of `shape` (N, K) in format `name`. `threads` 0: one a core.
 
-    Exactness: q8, q4 and mxfp4 equal `reference.linear` bit for bit, on every instruction set, whatever else is in the
+    Exactness: quantized weights equal `reference.linear` bit for bit, on every instruction set, whatever else is in the
     batch and however many threads run; f32 and bf16 are within 1e-5 of it, and depend on neither as well.
     Raises: ConfigError where shapes or bytes do not fit.
     """
@@ -55,7 +56,7 @@ def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int], *, 
         f"{weight.codes.numel()} + {weight.scales.numel()} and {list(x.shape)}",
     )
     module = native()
-    if module is None or name not in NATIVE_FORMATS:
+    if module is None:
         return reference.linear(x, weight, name, shape)
     out = torch.empty((x.shape[0], shape[0]))
     module.linear(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fewfire.formats import Encoded, decode
-from fewfire.formats.tiles import GROUP, split_mxfp4, split_q4, split_q8
+from fewfire.formats import GGML_FORMATS, Encoded, decode, ggml, ggml_tiles
+from fewfire.formats.ggml import Runs
+from fewfire.formats.tiles import GROUP, ROWS, split_mxfp4, split_q4, split_q8
 
 
 def top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -82,23 +83,40 @@ def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> Tensor:
     """(T, N): x times a weight (N, K) in format `name`. Quantized weights meet quantized activations: integer sums over
-    what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns."""
-    splits = {"q8": split_q8, "q4": split_q4, "mxfp4": split_mxfp4}
-    if name not in splits:
+    what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns.
+    Minima times the sums of activations are added up apart, in the same order, and come last."""
+    if name not in _TILED_RUNS and name not in GGML_FORMATS:
         return F.linear(x_TK, decode(weight, name, shape))
-    integers, scales = splits[name](weight, shape)  # (B, G, r, [4,] k) and (B, G, r, [4,] 1)
-    run = integers.shape[-1]
-    blocks, groups = integers.shape[:2]
-    ints_NPk = integers.transpose(1, 2).reshape(blocks * 16, groups * GROUP // run, run)
-    scales_NP = scales.transpose(1, 2).reshape(blocks * 16, groups * GROUP // run)
+    integers_NPk, scales_NP, minima_NP = split_runs(weight, name, shape)
+    run = integers_NPk.shape[-1]
     codes_TGk, act_scales_TG = quantize_activations(x_TK)
-    codes_TPk = codes_TGk.reshape(x_TK.shape[0], groups * GROUP // run, run)
-    total_TN = torch.zeros((x_TK.shape[0], blocks * 16))
+    codes_TPk = codes_TGk.flatten(1).unflatten(1, (-1, run))
+    total_TN = below_TN = torch.zeros((x_TK.shape[0], scales_NP.shape[0]))
     for part in range(codes_TPk.shape[1]):
-        exact_TN = codes_TPk[:, part].double() @ ints_NPk[:, part].double().t()
-        both_TN = scales_NP[:, part] * act_scales_TG[:, part * run // GROUP, None]
-        total_TN = total_TN + exact_TN.float() * both_TN
-    return total_TN[:, : shape[0]]
+        act_scale_T1 = act_scales_TG[:, part * run // GROUP, None]
+        exact_TN = codes_TPk[:, part].double() @ integers_NPk[:, part].double().t()
+        total_TN = total_TN + exact_TN.float() * (scales_NP[:, part] * act_scale_T1)
+        if minima_NP is not None:
+            sum_T1 = codes_TPk[:, part].sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+            below_TN = below_TN + minima_NP[:, part] * (sum_T1 * act_scale_T1)
+    return (total_TN if minima_NP is None else total_TN + below_TN)[:, : shape[0]]
+
+
+_TILED_RUNS = {"q8": split_q8, "q4": split_q4, "mxfp4": split_mxfp4}
+
+
+def split_runs(weight: Encoded, name: str, shape: tuple[int, int]) -> Runs:
+    """A quantized weight (N, K) as runs of columns; N and K padded to whole tiles."""
+    blocks, groups = -(-shape[0] // ROWS), -(-shape[1] // GROUP)
+    if name in _TILED_RUNS:
+        integers, scales = _TILED_RUNS[name](weight, shape)  # (B, G, r, [4,] k) and (B, G, r, [4,] 1)
+        run = integers.shape[-1]
+        ints_NPk = integers.transpose(1, 2).reshape(blocks * ROWS, groups * GROUP // run, run)
+        return Runs(ints_NPk, scales.transpose(1, 2).reshape(ints_NPk.shape[:2]), None)
+    rows = ggml_tiles.from_tiles(weight, name, (blocks * ROWS, groups * GROUP))
+    integers_NPk, scales_NP, minima_NP = ggml.runs(ggml.split(rows, name), name)
+    count = groups * GROUP // integers_NPk.shape[-1]  # a K format may have a group more than there are columns
+    return Runs(integers_NPk[:, :count], scales_NP[:, :count], None if minima_NP is None else minima_NP[:, :count])
 
 
 # -------------------------------------------------------------------------------------------------------- checksums

@@ -6,8 +6,8 @@ to one, as it is on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -25,7 +25,8 @@ from fewfire.config import (
 from fewfire.errors import ConfigError
 from fewfire.plan.count import visible_tokens
 from fewfire.plan.limits import usable_threads
-from fewfire.plan.shapes import TensorSpec, blocks, decoder_blocks, outer_tensors
+from fewfire.plan.shapes import Block as LayerBlock
+from fewfire.plan.shapes import TensorSpec, blocks, decoder_blocks, named_blocks, outer_tensors
 
 
 class Block(NamedTuple):
@@ -36,7 +37,7 @@ class Block(NamedTuple):
     rows: int = 1
 
 
-# q8, q4 and mxfp4 as a pack lays them out (docs/formats.md); GGUF's blocks as ggml defines them.
+# As a pack lays them out (docs/formats.md).
 FORMATS: dict[str, Block] = {
     "f32": Block(1, 4),
     "bf16": Block(1, 2),
@@ -45,14 +46,21 @@ FORMATS: dict[str, Block] = {
     "q8": Block(128, 2048 + 32, 16),
     "q4": Block(128, 1024 + 96, 16),
     "mxfp4": Block(128, 1024 + 64, 16),
+    "q4_0": Block(128, 1024 + 128, 16),
+    "q4_1": Block(128, 1024 + 256, 16),
+    "q8_0": Block(128, 2048 + 128, 16),
+    "q4_k": Block(256, 2048 + 256, 16),
+    "q6_k": Block(256, 3072 + 288, 16),
+}
+# How published checkpoints and GGUF files store what a pack lays out otherwise: row by row.
+NATIVE_BLOCKS = {
+    "mxfp4": Block(32, 17),
     "q4_0": Block(32, 18),
     "q4_1": Block(32, 20),
     "q8_0": Block(32, 34),
     "q4_k": Block(256, 144),
     "q6_k": Block(256, 210),
 }
-# How a published checkpoint stores what a pack lays out otherwise: 32 values and their exponent.
-NATIVE_BLOCKS = {"mxfp4": Block(32, 17)}
 PLAN_ONLY = ("fp16", "fp8")  # no pack is made of these
 UNQUANTIZED = ("f32", "bf16", "fp16")
 RECORD_ALIGNMENT = 4096  # an expert's record in a pack is padded to a multiple of this
@@ -73,7 +81,10 @@ def bits_per_weight(format_name: str) -> float:
 
 @dataclass(frozen=True)
 class Formats:
-    """Which format each part is stored in. `native` says the published checkpoint's own choice is meant."""
+    """Which format each part is stored in. `native` says the published checkpoint's own choice is meant.
+
+    `overrides`: parameters by full name (`layers.0.ffn.experts.down`: of all experts) whose format is not their part's.
+    """
 
     experts: str
     down: str
@@ -84,6 +95,7 @@ class Formats:
     small: str  # norms, biases and other vectors
     scaled: bool = False  # fp8 with float32 block scales
     native: bool = False
+    overrides: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def packed(self) -> bool:
@@ -91,23 +103,33 @@ class Formats:
         names = (self.experts, self.down, self.trunk, self.head, self.router, self.embedding, self.small)
         return not self.native and not any(name in PLAN_ONLY for name in names)
 
+    def part(self, spec: TensorSpec) -> str:
+        """The part that a tensor belongs to: the name of the field that says its format."""
+        if spec.kind in ("router", "select_bias") or (spec.name.endswith("shared_gate.weight") and not self.native):
+            return "router"  # a gate is a router of one row
+        if not spec.matmul and spec.kind not in ("embedding", "positions"):
+            return "small"
+        if spec.kind == "experts":
+            return "down" if spec.name.endswith(".down") else "experts"
+        if spec.kind == "head" or (spec.kind == "embedding" and spec.matmul):
+            return "head"
+        return "embedding" if spec.kind in ("embedding", "positions") else "trunk"
+
     def of(self, spec: TensorSpec) -> str:
-        """The format of one tensor."""
+        """The format of one tensor. Where there are overrides, `spec` must have its full name."""
         if spec.kind == "select_bias":
             return "f32"
-        if spec.kind == "router" or (spec.name.endswith("shared_gate.weight") and not self.native):
-            return self.router  # a gate is a router of one row
-        if not spec.matmul and spec.kind not in ("embedding", "positions"):
-            return self.small
-        if spec.kind == "experts":
-            return self.down if spec.name.endswith(".down") else self.experts
-        if spec.kind == "head" or (spec.kind == "embedding" and spec.matmul):
-            return self.head
-        if spec.kind in ("embedding", "positions"):
-            return self.embedding
-        if spec.name.endswith("kv_up.weight") and self.packed and self.trunk not in UNQUANTIZED:
-            return "bf16"  # it is multiplied with queries and outputs instead of tokens (MLA, absorbed)
-        return self.trunk
+        if spec.name in self.overrides:
+            return self.overrides[spec.name]
+        if is_absorbed(spec) and self.packed and self.trunk not in UNQUANTIZED:
+            return "bf16"
+        name: str = getattr(self, self.part(spec))
+        return name
+
+
+def is_absorbed(spec: TensorSpec) -> bool:
+    """Whether a matrix is multiplied with queries and outputs instead of tokens (MLA): a pack keeps it unquantized."""
+    return spec.name.endswith("kv_up.weight")
 
 
 def _check_format(name: str, key: str) -> str:
@@ -198,11 +220,18 @@ class WeightBytes:
     by_class: dict[str, int]
 
 
+def _layers(config: ModelConfig, formats: Formats, *, encoder: bool = True) -> tuple[LayerBlock, ...]:
+    """Equal layers once; where formats name parameters, every layer apart, under its own names."""
+    if formats.overrides:
+        return named_blocks(config, encoder=encoder)
+    return blocks(config) if encoder else decoder_blocks(config)
+
+
 def weight_bytes(config: ModelConfig, formats: Formats) -> WeightBytes:
     """Bytes of every tensor class of `config` in `formats`."""
     by_class: dict[str, int] = {}
     active_experts = per_expert = 0
-    for layer, copies, specs in blocks(config):
+    for layer, copies, specs in _layers(config, formats):
         for spec in specs:
             if spec.kind != "experts":
                 by_class[spec.kind] = by_class.get(spec.kind, 0) + tensor_bytes(spec, formats) * copies
@@ -225,9 +254,9 @@ def decode_trunk_bytes(config: ModelConfig, formats: Formats) -> int:
     """Bytes of trunk that a decode step reads: the decoder's blocks and the head. An embedding is a gather, an encoder
     and the cross-attention's keys and values are done with once the input is in."""
     total = sum(tensor_bytes(spec, formats) for spec in outer_tensors(config) if spec.matmul or spec.kind == "norm")
-    for _, copies, specs in decoder_blocks(config):
+    for _, copies, specs in _layers(config, formats, encoder=False):
         for spec in specs:
-            if spec.kind != "experts" and spec.name not in ("cross.k.weight", "cross.v.weight"):
+            if spec.kind != "experts" and not spec.name.endswith(("cross.k.weight", "cross.v.weight")):
                 total += tensor_bytes(spec, formats) * copies
     return total
 

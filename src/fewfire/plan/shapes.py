@@ -160,10 +160,19 @@ def _outer(same: _Same) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
+def named_blocks(config: ModelConfig, *, encoder: bool = True) -> tuple[Block, ...]:
+    """Every layer of both stacks, or of the decoder alone, apart, its tensors under their full names."""
+    stacks = (("encoder.layers", config.encoder if encoder else ()), ("layers", config.layers))
+    found = []
+    for stack, layers in stacks:
+        for index, layer in enumerate(layers):
+            specs = (replace(spec, name=f"{stack}.{index}.{spec.name}") for spec in _layer_specs(layer, config))
+            found.append(Block(layer, 1, tuple(specs)))
+    return tuple(found)
+
+
 def model_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor under its full name: encoder, decoder, then what lies outside the blocks."""
-    for stack, layers in (("encoder.layers", config.encoder), ("layers", config.layers)):
-        for index, layer in enumerate(layers):
-            for spec in _layer_specs(layer, config):
-                yield TensorSpec(f"{stack}.{index}.{spec.name}", spec.shape, spec.kind, spec.active, spec.matmul)
+    for block in named_blocks(config):
+        yield from block.specs
     yield from outer_tensors(config)

@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 
 from fewfire.checkpoints.pack_writer import Report, write_pack
+from fewfire.checkpoints.unfinished import Say
 from fewfire.config import ModelConfig
 from fewfire.families import published
-from fewfire.formats import Encoded, encode, sizes
+from fewfire.formats import Encoded, encode, ggml_tiles, sizes
 from fewfire.formats.tiles import GROUP, MX_BOOK, Q4_BOOK, Q4_ZERO, Q8_OFFSET, ROWS
-from fewfire.plan.memory import FORMATS, choose_formats
+from fewfire.plan.memory import FORMATS, NATIVE_BLOCKS, choose_formats
 from fewfire.quantize.pack import Packed, cut_layers
 from fewfire.quantize.vocabulary import plain_tokenizer
 
+Draw = Callable[[np.random.Generator, tuple[int, int], float], Encoded]  # a matrix's shape, the weights' deviation
+
 _DEVIATION = 0.02
 _STEP = 5  # every sub-scale of a random q4 is 5 or -5
-_NO_BYTES = torch.empty(0, dtype=torch.uint8)
 
 
 def initialise(
@@ -41,23 +43,28 @@ def initialise(
     down: str | None = None,
     head: str | None = None,
     report: Report | None = None,
+    say: Say = lambda line: None,
 ) -> Packed:
     """Write a random pack of the published model `name` (or its first `layers` layers) as the folder `out`.
 
-    Its tokenizer has one distinct text for every id. Formats as `choose_formats`.
+    Its tokenizer has one distinct text for every id. Formats as `choose_formats`. Interrupted, it goes on with the next
+    equal call.
     Raises: ConfigError for names and formats, BudgetError on a full disk.
     """
     config = cut_layers(published.load(name), layers)
     formats = choose_formats(config, quant, experts=experts, trunk=trunk, down=down, head=head)
-    write_pack(
+    resumed = write_pack(
         out,
         RandomWeights(config, seed),
         formats,
         tokenizer_files=plain_tokenizer(config.vocab_size),
         origin=f"random weights of {name}, seed {seed}",
         report=report,
+        identity={"names and seeds": [name, seed]},
+        say=say,
     )
-    return Packed(Path(out), formats, sum(path.stat().st_size for path in Path(out).iterdir()), {})
+    num_bytes = sum(path.stat().st_size for path in Path(out).iterdir())
+    return Packed(Path(out), formats, num_bytes, {}, resumed_bytes=resumed)
 
 
 class RandomWeights:
@@ -97,13 +104,18 @@ def _bytes(rng: np.random.Generator, count: int) -> Tensor:
 
 def _clear_padding(codes: Tensor, shape: tuple[int, int], columns_a_line: int, zero: int) -> Tensor:
     """Tiles' lines of 64 bytes, 16 rows of 4, hold `columns_a_line` columns each; what is padding becomes `zero`."""
-    blocks, groups = -(-shape[0] // ROWS), -(-shape[1] // GROUP)
-    view = codes.reshape(blocks, groups, GROUP // columns_a_line, ROWS, 4)
+    view = codes.view(-(-shape[0] // ROWS), -1, GROUP // columns_a_line, ROWS, 4)
+    _clear_lines(view, shape, zero)
+    return codes
+
+
+def _clear_lines(view: Tensor, shape: tuple[int, int], zero: int) -> None:
+    """The same in a view of the tiles: (blocks of rows, groups of columns, lines of a group, 16, 4)."""
+    groups, lines = view.shape[1:3]
     if shape[0] % ROWS:
         view[-1, :, :, shape[0] % ROWS :] = zero
-    if shape[1] % GROUP:
-        view[:, -1, shape[1] % GROUP // columns_a_line :] = zero
-    return codes
+    for group in range(shape[1] // GROUP, groups):
+        view[:, group, -(-max(0, shape[1] - group * GROUP) * lines // GROUP) :] = zero
 
 
 def _constant_bf16(value: float, count: int) -> Tensor:
@@ -141,45 +153,44 @@ def _half(value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.float16).view(torch.uint8)
 
 
-def _draw_ggml(name: str, fields: Callable[[float], list[tuple[int, Tensor]]]) -> Callable[..., Encoded]:
-    """Random codes, with `fields(deviation)` written into every block at the given bytes."""
+_SIXTEEN = math.sqrt((16**2 - 1) / 12)  # the deviation of 0..15
+# Every scale and minimum of q4_k is 32: the low six bits of the first eight bytes, and 2 in the high two of each.
+_K_SCALES = torch.tensor([32 | 128] * 8 + [0] * 4, dtype=torch.uint8)
+# What a block holds besides its codes, for weights of a deviation: ggml_tiles.FIELDS.
+_SCALES: dict[str, Callable[[float], tuple[Tensor, ...]]] = {
+    "q4_0": lambda deviation: (_half(deviation / _SIXTEEN),),
+    "q4_1": lambda deviation: (_half(deviation / _SIXTEEN), _half(-7.5 * deviation / _SIXTEEN)),
+    "q8_0": lambda deviation: (_half(deviation / math.sqrt((256**2 - 1) / 12)),),
+    "q4_k": lambda deviation: (
+        _half(deviation / _SIXTEEN / 32), _half(7.5 * deviation / _SIXTEEN / 32), _K_SCALES,
+    ),
+    "q6_k": lambda deviation: (
+        torch.full((16,), 64, dtype=torch.uint8), _half(deviation / math.sqrt((64**2 - 1) / 12) / 64),
+    ),
+}  # fmt: skip
 
+
+def _draw_ggml(name: str) -> Draw:
     def draw(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> Encoded:
-        block = FORMATS[name]
-        codes = _bytes(rng, sizes(name, shape).codes).reshape(-1, block.num_bytes)
-        for at, values in fields(deviation):
-            codes[:, at : at + values.numel()] = values
-        return Encoded(codes.reshape(-1), _NO_BYTES)
+        codes = _bytes(rng, sizes(name, shape).codes)
+        if name == "q8_0":
+            _clear_padding(codes, shape, 4, Q8_OFFSET)
+        elif name == "q6_k":
+            tiles = codes.view(-(-shape[0] // ROWS), -1, GROUP // 8 + GROUP // 16, ROWS, 4)
+            _clear_lines(tiles[:, :, : GROUP // 8], shape, 0)
+            _clear_lines(tiles[:, :, GROUP // 8 :], shape, 0)
+        else:
+            _clear_padding(codes, shape, 8, 0)
+        block = torch.cat(_SCALES[name](deviation))
+        scales = block.expand(shape[0], -(-shape[1] // NATIVE_BLOCKS[name].columns), -1)
+        return Encoded(codes, ggml_tiles.tile_scales(scales, name))
 
     return draw
 
 
-_SIXTEEN = math.sqrt((16**2 - 1) / 12)  # the deviation of 0..15
-_K_SCALES = torch.tensor([32] * 8 + [0] * 4, dtype=torch.uint8) | torch.tensor([128] * 8 + [0] * 4, dtype=torch.uint8)
-
-_DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, int], float], Encoded]] = {
+_DRAWS: dict[str, Draw] = {
     "q8": _draw_q8,
     "q4": _draw_q4,
     "mxfp4": _draw_mxfp4,
-    "q4_0": _draw_ggml("q4_0", lambda deviation: [(0, _half(deviation / _SIXTEEN))]),
-    "q4_1": _draw_ggml(
-        "q4_1", lambda deviation: [(0, _half(deviation / _SIXTEEN)), (2, _half(-7.5 * deviation / _SIXTEEN))]
-    ),
-    "q8_0": _draw_ggml("q8_0", lambda deviation: [(0, _half(deviation / math.sqrt((256**2 - 1) / 12)))]),
-    # Every scale and minimum is 32: the low six bits of the first eight bytes, and 2 in the high two of each.
-    "q4_k": _draw_ggml(
-        "q4_k",
-        lambda deviation: [
-            (0, _half(deviation / _SIXTEEN / 32)),
-            (2, _half(7.5 * deviation / _SIXTEEN / 32)),
-            (4, _K_SCALES),
-        ],
-    ),
-    "q6_k": _draw_ggml(
-        "q6_k",
-        lambda deviation: [
-            (192, torch.full((16,), 64, dtype=torch.uint8)),
-            (208, _half(deviation / math.sqrt((64**2 - 1) / 12) / 64)),
-        ],
-    ),
+    **{name: _draw_ggml(name) for name in _SCALES},
 }

@@ -115,9 +115,12 @@ class Tokenizer:
 
         Raises: ConfigError where the folder cannot be written, BudgetError where the disk is full.
         """
-        folder = Path(folder)
-        write_file(folder / "tokenizer.json", json_bytes(self.definition))
-        write_file(folder / "tokenizer_config.json", json_bytes(self.config))
+        for name, content in self.files().items():
+            write_file(Path(folder) / name, content)
+
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes, by name."""
+        return {"tokenizer.json": json_bytes(self.definition), "tokenizer_config.json": json_bytes(self.config)}
 
     @property
     def definition(self) -> dict[str, Any]:

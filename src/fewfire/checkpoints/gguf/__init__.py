@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewfire.checkpoints.gguf.read import GgufCheckpoint, open_gguf
+from fewfire.checkpoints.gguf.values import GgufValues
 from fewfire.checkpoints.gguf.write import save_gguf
 
-__all__ = ["GgufCheckpoint", "open_gguf", "save_gguf"]
+__all__ = ["GgufCheckpoint", "GgufValues", "open_gguf", "save_gguf"]

@@ -27,7 +27,7 @@ from fewfire.config import ModelConfig
 from fewfire.errors import FormatError
 from fewfire.headers import GgufHeader, GgufTensor, TensorHeader, read_gguf
 
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FORMATS = {"f32": "f32", "f16": "fp16", "bf16": "bf16"}
 # Types whose values are weights; the other ones are integers.
 DECODED = frozenset(
@@ -46,6 +46,11 @@ class GgufCheckpoint:
     table: tuple[Slot, ...]
     ignored: tuple[str, ...]
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what it is."""
+        return [self.header.path]
+
     def fill(self, module: nn.Module, *, dtype: torch.dtype | None = None, exact: bool = False) -> None:
         """Give every parameter and buffer of `module`, built on the meta device, its values: each is made once.
 
@@ -55,7 +60,7 @@ class GgufCheckpoint:
         tensors, found = self.header.tensors, dict[str, torch.dtype]()
         sizes: Counter[torch.dtype] = Counter()
         for slot in self.table:
-            own = _PLAIN.get(tensors[slot.name].type, torch.float32)
+            own = PLAIN.get(tensors[slot.name].type, torch.float32)
             sizes[own] += math.prod(slot.shape)
             for part in slot.parts:
                 found[part.ours] = torch.promote_types(found.get(part.ours, own), own)
@@ -69,7 +74,7 @@ class GgufCheckpoint:
         """What `fill` makes of it in memory, but for the small tensors that keep a wider precision of their own."""
         values = Counter[torch.dtype]()
         for slot in self.table:
-            values[_PLAIN.get(self.header.tensors[slot.name].type, torch.float32)] += math.prod(slot.shape)
+            values[PLAIN.get(self.header.tensors[slot.name].type, torch.float32)] += math.prod(slot.shape)
         return values.total() * (dtype or values.most_common(1)[0][0]).itemsize if values else 0
 
 
@@ -137,12 +142,12 @@ def _place(job: _Job, targets: Mapping[str, Tensor], shards: Shards) -> Placed:
     if slot.plain:
         target = targets[slot.parts[0].ours]
         into = target if rows is None else target[slice(*rows)]
-        if into.dtype == _PLAIN.get(tensor.type):
+        if into.dtype == PLAIN.get(tensor.type):
             shards.read_into(_bytes_header(tensor, rows), into.view(-1).view(torch.uint8))
         else:
-            into.copy_(_decode(shards, tensor, rows).reshape(into.shape))
+            into.copy_(decode_rows(shards, tensor, rows).reshape(into.shape))
         return [(slot.parts[0].ours, into.numel())]
-    values, placed, start = _decode(shards, tensor, None), [], 0
+    values, placed, start = decode_rows(shards, tensor, None), [], 0
     for part in slot.parts:
         into = as_stored(targets[part.ours], part)
         given = values.reshape(-1)[start : start + into.numel()]
@@ -155,20 +160,27 @@ def _place(job: _Job, targets: Mapping[str, Tensor], shards: Shards) -> Placed:
 def _bytes_header(tensor: GgufTensor, rows: tuple[int, int] | None) -> TensorHeader:
     """The bytes of some rows of the first axis."""
     start, stop = rows or (0, tensor.shape[0])
-    row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
-    num_bytes = (stop - start) * row_bytes
-    return TensorHeader(tensor.name, "U8", (num_bytes,), tensor.path, tensor.offset + start * row_bytes, num_bytes)
+    num_bytes, offset = tensor.num_bytes, tensor.offset
+    if (start, stop) != (0, tensor.shape[0]):
+        row_bytes = tensor.num_bytes // tensor.shape[0]
+        num_bytes, offset = (stop - start) * row_bytes, offset + start * row_bytes
+    return TensorHeader(tensor.name, "U8", (num_bytes,), tensor.path, offset, num_bytes)
 
 
-def _decode(shards: Shards, tensor: GgufTensor, rows: tuple[int, int] | None) -> Tensor:
-    """Values of some rows, flat: as stored for plain types, float32 for blocks."""
+def read_rows(shards: Shards, tensor: GgufTensor, rows: tuple[int, int] | None) -> Tensor:
+    """The bytes (uint8 (N, bytes)) of some rows of the first axis; N are all axes but the last."""
     found = shards.read(_bytes_header(tensor, rows))
-    if tensor.type in _PLAIN:
-        return found.view(_PLAIN[tensor.type])
+    return found.reshape(-1, tensor.num_bytes // max(math.prod(tensor.shape[:-1]), 1))
+
+
+def decode_rows(shards: Shards, tensor: GgufTensor, rows: tuple[int, int] | None) -> Tensor:
+    """Values of some rows of the first axis, flat: as stored for plain types, float32 for blocks."""
+    if tensor.type in PLAIN:
+        return shards.read(_bytes_header(tensor, rows)).view(PLAIN[tensor.type])
     import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
-    blocks = found.reshape(-1, tensor.num_bytes // max(math.prod(tensor.shape[:-1]), 1)).numpy()
+    blocks = read_rows(shards, tensor, rows).numpy()
     with np.errstate(all="ignore"):  # damaged scales may be NaN or infinite; sampling says so
         return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[tensor.type.upper()])).reshape(-1)
 
@@ -179,4 +191,4 @@ def _small_values(header: GgufHeader, name: str) -> list[float]:
     if tensor.type != "f32" or math.prod(tensor.shape) > _SMALL_VALUES:
         raise FormatError("is no short float32 table; download the file again", path=str(header.path), record=name)
     with Shards() as shards:
-        return [float(f"{value:.7g}") for value in _decode(shards, tensor, None).tolist()]
+        return [float(f"{value:.7g}") for value in decode_rows(shards, tensor, None).tolist()]
