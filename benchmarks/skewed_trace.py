@@ -1,6 +1,6 @@
 """Writes a trace that fits a pack, as skewed as given counts, with experts of the last token used again.
 
-python benchmarks/skewed_trace.py COUNTS.json PACK OUT.safetensors [--model NAME] [--domain github] [--reuse 0.25]
+python benchmarks/skewed_trace.py COUNTS.json PACK OUT.safetensors [--domain github] [--reuse 0.25] [--tokens 512]
 """
 
 from __future__ import annotations
