@@ -20,7 +20,7 @@ Score = Literal["softmax", "softmax_selected", "sigmoid", "sigmoid_selected", "s
 
 
 def environment(name: str, default: str = "") -> str:
-    """The one place where `os.environ` is read. Names in use: FEWFIRE_CACHE, FEWFIRE_ISA."""
+    """The one place where `os.environ` is read. Names in use: FEWFIRE_CACHE, FEWFIRE_ISA, TERM."""
     return os.environ.get(name, default)
 
 

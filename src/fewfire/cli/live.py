@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from types import TracebackType
 from typing import Self, TextIO
+
+from fewfire.config import environment
 
 _SECONDS = 0.2  # between two states
 
@@ -23,7 +24,7 @@ class LiveLine:
 
     def __init__(self) -> None:
         size = shutil.get_terminal_size()
-        self.is_on = _is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") != "dumb" and size.lines > 4
+        self.is_on = _is_terminal(sys.stderr) and environment("TERM", "dumb") != "dumb" and size.lines > 4
         self._below_text = self.is_on and _is_terminal(sys.stdout)
         self._rows, self._columns = size.lines, size.columns
         self._next_s = 0.0
