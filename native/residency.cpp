@@ -26,6 +26,8 @@ void Residency::want(int layer, const std::int32_t* experts, int count, bool in_
                      const std::int64_t* most_fills) {
     in_order_ = in_order || count > capacity_;
     reads_ahead_ = reads_ahead && in_order_;
+    policy_->want(first_ids_[static_cast<std::size_t>(layer)], experts, count);
+    if (ahead_layer_ != layer) end_prefetches();  // a layer that wanted nothing was passed over
     end_prefetches(layer, experts, count);
     if (in_order_) {
         make_window(layer, experts, count);
@@ -209,12 +211,6 @@ void Residency::dissolve_window() {
     for (const std::int64_t slot : window_) free_.push_back(slot);
     window_.clear();
     window_slots_ = 0;
-    for (const std::int64_t id : ahead_) {  // read for a layer that does not come in order
-        const auto at = static_cast<std::size_t>(id);
-        if (passes_[at] == 0) continue;
-        passes_[at] = 0;
-        policy_->insert(id);
-    }
     shrink();
 }
 

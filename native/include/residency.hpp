@@ -19,6 +19,8 @@ enum class CachePolicy : std::int32_t { kLru, kLfru, kS3Fifo, kBelady };
 class Policy {
 public:
     virtual ~Policy() = default;
+    // A layer, whose records begin at `first_id`, runs now and wants these, rising. Comes before their hits and inserts.
+    virtual void want(std::int64_t, const std::int32_t*, int) {}
     virtual void hit(std::int64_t id) = 0;     // a record that is in was wanted
     virtual void insert(std::int64_t id) = 0;  // a record comes in; it was wanted now
     virtual void remove(std::int64_t id) = 0;  // a record leaves

@@ -5,7 +5,7 @@ Composes what lies below; the command line and the server call only this. Owns t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from fewfire.runtime.predict import predict_decode
 from fewfire.runtime.sampling import Sampling
 from fewfire.sizes import parse_bytes
 from fewfire.tokenizer import StreamDecoder, Tokenizer
+from fewfire.trace import Trace, record, save_trace
+from fewfire.trace.record import MAX_TOKENS
 
 __all__ = [
     "Agreement",
@@ -283,6 +285,38 @@ class Model:
         return evaluate_module(
             self.module, self.tokenizer, data, field=field, windowing=Windowing(**windowing), progress=progress
         )
+
+    def trace(
+        self,
+        data: str | Path | Sequence[str | Path],
+        out: str | Path | None = None,
+        *,
+        field: str = "text",
+        max_tokens: int = MAX_TOKENS,
+        context: int | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Trace:
+        """What the routers choose on texts (files, folders, JSONL: as `evaluate` reads them), written to `out` if any.
+
+        A text of more than `context` tokens (default: 2048) is cut into several documents; each begins with an empty
+        cache. `max_tokens` in all. `progress` receives tokens read, and in all. docs/trace.md describes the file.
+        Raises: ConfigError for a model or data that cannot be traced, or a place that cannot be written; BudgetError
+        where the trace does not fit the memory budget; FormatError for malformed lines.
+        """
+        name = "" if self.folder is None else self.folder.name
+        made = record(
+            self.module,
+            self.tokenizer,
+            data,
+            field=field,
+            max_tokens=max_tokens,
+            context=context,
+            model=name,
+            progress=progress,
+        )
+        if out is not None:
+            save_trace(out, made)
+        return made
 
     def _checked_ids(self, ids: Any, name: str) -> Tensor:
         try:

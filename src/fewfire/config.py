@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -411,10 +412,25 @@ class ModelConfig:
 class RoutingProfile:
     """What routing was measured to do on somebody's text: what `plan` receives instead of assuming uniform routing.
 
-    `counts` maps a layer index to how often each expert was among the top-k, over `num_tokens` tokens.
+    `counts` maps a layer index to how often each expert was among the top-k, over `num_tokens` tokens. `cache_curve`:
+    (share of experts in memory, hit rate of decode), both rising; empty where no order of tokens was recorded.
     """
 
     num_experts: int
     top_k: int
     num_tokens: int
     counts: dict[int, tuple[int, ...]]
+    cache_curve: tuple[tuple[float, float], ...] = ()
+
+    def hit_rate(self, share: float) -> float | None:
+        """Hit rate with `share` of all experts in memory, between the curve's points; None without a curve.
+
+        Below its first point the rate is in proportion: nothing in memory hits nothing.
+        """
+        if not self.cache_curve:
+            return None
+        points = [(0.0, 0.0), *self.cache_curve]
+        for (low, low_rate), (high, high_rate) in pairwise(points):
+            if share <= high:
+                return low_rate + (high_rate - low_rate) * max(0.0, share - low) / (high - low)
+        return points[-1][1]

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -160,14 +160,21 @@ def write_shards(folder: Path, tensors: Sequence[Outgoing], shard_bytes: int = S
 
 def write_safetensors(path: Path, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file."""
-    head, ordered = safetensors_layout(tensors, metadata or {"format": "pt"})
     with open(path, "wb") as file:
-        file.write(head)
-        for tensor in ordered:
-            values = tensor.values().to(tensor.dtype).contiguous()
-            assert tuple(values.shape) == tuple(tensor.shape), tensor.name
-            if values.numel():
-                file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        write_safetensors_into(file, tensors, metadata)
+
+
+def write_safetensors_into(
+    file: BinaryIO, tensors: Iterable[Outgoing], metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_safetensors` into an open file that is empty."""
+    head, ordered = safetensors_layout(tensors, metadata or {"format": "pt"})
+    file.write(head)
+    for tensor in ordered:
+        values = tensor.values().to(tensor.dtype).contiguous()
+        assert tuple(values.shape) == tuple(tensor.shape), tensor.name
+        if values.numel():
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def safetensors_layout(tensors: Iterable[Outgoing], metadata: Mapping[str, str]) -> tuple[bytes, list[Outgoing]]:

@@ -33,6 +33,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("train", "train", "Pretrain or fine-tune from a TOML file; goes on where it stopped"),
     "generate": Verb("generate", "generate", "Go on from a prompt, in the terminal or as JSON"),
     "eval": Verb("eval", "evaluate", "Perplexity, bits per byte and accuracy on your own text or questions"),
+    "trace": Verb("trace", "trace", "Record what the routers do on your own text"),
     "pack": Verb("pack", "pack", "Quantize a checkpoint and lay it out for running"),
     "init": Verb("init", "init", "Random weights of a published shape, straight into a pack"),
     "verify": Verb("verify", "verify", "Compare every byte of a pack with its checksums"),

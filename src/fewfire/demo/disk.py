@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewfire.api import Generated, Model, load
+from fewfire.checkpoints.pack import open_pack
 from fewfire.quantize import pack
 from fewfire.runtime.banks import StreamedExperts
 from fewfire.runtime.engine import NativeDecoder
+from fewfire.runtime.lower import why_not_native
 
 _FORMAT = "q8"
 _NEW_TOKENS = 96
@@ -41,9 +43,10 @@ def run_from_disk(checkpoint: Path, out: Path, prompt: str) -> OnDisk | None:
     """Pack `checkpoint` as `out` and compare. None where the native engine cannot run here."""
     shutil.rmtree(out, ignore_errors=True)
     packed = pack(checkpoint, out, quant=_FORMAT)
-    model = load(out)
-    if not isinstance(model.module, NativeDecoder):
+    if why_not_native(open_pack(out)) is not None:
         return None
+    model = load(out)
+    assert isinstance(model.module, NativeDecoder)
     expert_bytes = model.module.pack.layout.expert_bytes
     resident, resident_predicted = _run(model, prompt)
     _keep_half(model, model.module)

@@ -14,6 +14,7 @@ from fewfire.headers.safetensors import (
     checkpoint_files,
     index_files,
     read_checkpoint,
+    read_metadata,
     read_safetensors,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "index_files",
     "read_checkpoint",
     "read_gguf",
+    "read_metadata",
     "read_safetensors",
 ]

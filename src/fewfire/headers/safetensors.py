@@ -57,18 +57,8 @@ def read_safetensors(path: str | Path) -> dict[str, TensorHeader]:
     Source: the format's description in the safetensors repository.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = _header_length(path, file.read(8), file_bytes)
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path") from error
-    if len(text) < header_bytes:
-        raise FormatError("ends inside its header; download it again", path=str(path), offset=8 + len(text))
-    entries = _parse_object(path, text, offset=8)
+    entries, start, file_bytes = _read_header(path)
     entries.pop("__metadata__", None)
-    start = 8 + header_bytes
     tensors = [_tensor(path, name, entry, start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.num_bytes))
     end = start
@@ -82,6 +72,32 @@ def read_safetensors(path: str | Path) -> dict[str, TensorHeader]:
             f"is {file_bytes} bytes long, its header describes {end}; download it again", path=str(path), offset=end
         )
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself as a whole; empty where it says nothing. The tensors are not looked at.
+
+    Raises: ConfigError where the file cannot be read, FormatError where its header is damaged.
+    """
+    path = Path(path)
+    found = _read_header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise FormatError("expected texts by name; download it again", path=str(path), record="__metadata__")
+    return found
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header's object, where the tensors' bytes begin, and the size of the file."""
+    try:
+        with open(path, "rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = _header_length(path, file.read(8), file_bytes)
+            text = file.read(header_bytes)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if len(text) < header_bytes:
+        raise FormatError("ends inside its header; download it again", path=str(path), offset=8 + len(text))
+    return _parse_object(path, text, offset=8), 8 + header_bytes, file_bytes
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:

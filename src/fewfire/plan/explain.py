@@ -151,10 +151,15 @@ def _machines(plan: Plan) -> list[Explanation]:
         step, fill = machine.decode, machine.prefill
         if step is None or fill is None:
             continue
+        how = "batch / (sum over attention, trunk, experts of max(bytes / rate, FLOPs / rate) + launches + links)"
+        if part.kernels is not None:
+            how = (
+                "batch / (sum over attention, trunk, experts of max(reading, arithmetic) + 0.15 min of them + launches)"
+            )
         rows.append(
             Explanation(
                 f"{name}.decode_tokens_per_s",
-                "batch / (sum over attention, trunk, experts of max(bytes / rate, FLOPs / rate) + launches + links)",
+                how,
                 f"{step.batch} / ({step.memory_s * 1e3:.2f} ms reading {step.bytes_read / 1e9:.1f} GB a device at "
                 f"{part.bandwidth_gbs:g} GB/s x {part.efficiency:g}, {step.compute_s * 1e3:.2f} ms arithmetic, "
                 f"{step.launch_s * 1e3:.2f} ms launches, {step.communication_s * 1e3:.2f} ms links)",

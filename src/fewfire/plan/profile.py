@@ -1,16 +1,19 @@
 """Routing profiles on disk: how often each expert was picked, per layer, on somebody's text.
 
-Two forms of JSON: a profile (`num_experts, top_k, num_tokens, counts`), as `fewfire trace` writes it; and counts per
-model and domain, as the OLMoE authors' numbers are kept.
+A profile as JSON (`num_experts, top_k, num_tokens, counts`, `cache_curve`); a trace, whose header holds one; and counts
+per model and domain, as the OLMoE authors' numbers are kept.
 """
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from fewfire.config import RoutingProfile, check
 from fewfire.errors import ConfigError, FormatError
+from fewfire.headers import read_metadata
 from fewfire.plan.hub import read_json
 
 
@@ -19,12 +22,35 @@ def read_profile(path: str | Path, *, model: str | None = None, domain: str | No
 
     Raises: ConfigError for a model or domain that is not in it, FormatError for a malformed file.
     """
-    document = read_json(Path(path))
+    document = _trace_profile(Path(path)) if _is_trace(Path(path)) else read_json(Path(path))
     if "models" in document:
         return _from_domains(document["models"], str(path), model, domain)
     if domain is not None:
         raise ConfigError(f"{path} holds one profile without domains; leave --domain out")
     return _profile(document, str(path))
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a safetensors header begins there: the four high bytes of its length are zero, as no text's are."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[4:] == b"\0\0\0\0{"
+    except OSError:
+        return False  # read_json says why
+
+
+def _trace_profile(path: Path) -> dict[str, Any]:
+    """The profile in the header of a trace (docs/trace.md); its tensors are not read."""
+    text = read_metadata(path).get("profile")
+    if text is None:
+        raise ConfigError(f"{path} holds no routing profile; `fewfire trace` writes one, if MoE layers are all alike")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError("is no JSON; record the trace again", path=str(path), record="profile") from error
+    if not isinstance(document, dict):
+        raise FormatError("expected an object; record the trace again", path=str(path), record="profile")
+    return document
 
 
 def _from_domains(models: Any, path: str, model: str | None, domain: str | None) -> RoutingProfile:
@@ -73,7 +99,21 @@ def _profile(entry: dict[str, Any], path: str) -> RoutingProfile:
             )
         check(sum(row) > 0, f"{path}: layer {layer} has no counts at all; record it on some text first")
         rows[int(layer)] = tuple(row)
-    return RoutingProfile(numbers["num_experts"], numbers["top_k"], numbers["num_tokens"], rows)
+    curve = _curve(entry.get("cache_curve", []), path)
+    return RoutingProfile(numbers["num_experts"], numbers["top_k"], numbers["num_tokens"], rows, curve)
+
+
+def _curve(points: Any, path: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of numbers in 0..1, the first of them rising."""
+    good = isinstance(points, list) and all(
+        isinstance(point, list)
+        and len(point) == 2
+        and all(type(each) in (int, float) and 0 <= each <= 1 for each in point)
+        for point in points
+    )
+    if not good or any(high[0] <= low[0] for low, high in pairwise([[0.0, 0.0], *points])):
+        raise FormatError("expected (share, hit rate) pairs, shares rising to 1", path=path, record="cache_curve")
+    return tuple((float(share), float(rate)) for share, rate in points)
 
 
 def profile_json(profile: RoutingProfile) -> dict[str, Any]:
@@ -83,4 +123,5 @@ def profile_json(profile: RoutingProfile) -> dict[str, Any]:
         "top_k": profile.top_k,
         "num_tokens": profile.num_tokens,
         "counts": {str(layer): list(row) for layer, row in profile.counts.items()},
+        "cache_curve": [list(point) for point in profile.cache_curve],
     }

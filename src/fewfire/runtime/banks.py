@@ -33,13 +33,13 @@ POLICIES: dict[str, int] = {"lru": 0, "lfru": 1, "s3fifo": 2, "belady": 3}  # na
 class Streaming:
     """How experts come from disk. None of it changes a value.
 
-    `policy`: which record leaves for another. `lookahead`: ask the next layer's router beforehand; switches itself off
-    where tokens do not come faster by it. `verify_always`: compare checksums at every read, not only at a record's
-    first. `direct`: past the page cache, or not; None takes what a probe finds faster. `hot`: (MoE layer, expert) pairs
-    to begin with, the most wanted first.
+    `policy`: which record leaves for another (docs/trace.md says what each hits). `lookahead`: ask the next layer's
+    router beforehand; switches itself off where tokens do not come faster by it. `verify_always`: compare checksums at
+    every read, not only at a record's first. `direct`: past the page cache, or not; None takes what a probe finds
+    faster. `hot`: (MoE layer, expert) pairs to begin with, the most wanted first.
     """
 
-    policy: Policy = "lru"
+    policy: Policy = "lfru"
     num_readers: int = 4
     lookahead: bool = False
     verify_always: bool = False
@@ -201,7 +201,8 @@ class StreamedExperts(_Experts):
             self._memory,
         )
         if self.settings.hot:
-            self.source.seed(list(self.settings.hot))
+            # the most wanted last, so that it does not count as the oldest
+            self.source.seed(list(self.settings.hot)[: self.slots][::-1])
 
     @staticmethod
     def least_bytes_of(pack: Pack) -> int:
