@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fewfire.cli.streaming import CachePolicy, Direct, KvCache, Lookahead, Memory, Readers, VerifyAlways, make_streaming
+from fewfire.cli.streaming import (
+    CachePolicy,
+    Direct,
+    Hot,
+    KvCache,
+    Lookahead,
+    Memory,
+    Readers,
+    VerifyAlways,
+    make_streaming,
+)
 from fewfire.errors import ConfigError
 
 if TYPE_CHECKING:
     from fewfire.bench import Bench, KernelSpeed, Sweep
+    from fewfire.trace import Replayed
 
 
 def bench(
@@ -18,7 +30,9 @@ def bench(
         str | None, typer.Argument(help="The folder of a pack; `fewfire init` makes a random one. --sweep needs none.")
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt that is timed.", min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are decoded.", min=1)] = 64,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that are decoded (default: 64; all that --replay has).", min=1)
+    ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the cache before decoding.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Sequences decoded at once.", min=1)] = 1,
     kernels: Annotated[bool, typer.Option("--kernels", help="Kernels alone, beside the machine's peaks.")] = False,
@@ -32,9 +46,13 @@ def bench(
     lookahead: Lookahead = False,
     verify_always: VerifyAlways = False,
     direct: Direct = None,
+    hot: Hot = None,
     warm_steps: Annotated[
         int | None,
         typer.Option(help="Steps before a streamed run (default: until all slots are full; 0: cold).", min=0),
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Decode only, with experts chosen as in this trace of `fewfire trace`.")
     ] = None,
     routing: Annotated[
         str, typer.Option(help="own: the model's routers; uniform: drawn, as the planner assumes where it knows none.")
@@ -63,17 +81,27 @@ def bench(
         speeds = measure.bench_kernels(model, prompt_tokens=prompt_tokens, context=context or 1024, cache=kv_cache)
         print_json({"kernels": [each.to_json() for each in speeds]}) if as_json else _print_kernels(speeds)
         return
+    streaming = make_streaming(
+        cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct, hot=hot
+    )
+    if replay is not None:
+        from fewfire.trace import replay_pack
+
+        replayed = replay_pack(
+            model, replay, memory=memory, cache=kv_cache, streaming=streaming, warm_tokens=warm_steps or 0,
+            max_tokens=new_tokens,
+        )  # fmt: skip
+        print_json(replayed.to_json()) if as_json else _print_replayed(replayed)
+        return
     made = measure.bench(
         model,
         prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        new_tokens=new_tokens or 64,
         context=context,
         batch=batch,
         memory=None if memory is None else parse_bytes(memory, name="--memory"),
         cache=kv_cache,
-        streaming=make_streaming(
-            cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct
-        ),
+        streaming=streaming,
         warm_steps=warm_steps,
         routing=routing,
         say=note,
@@ -115,6 +143,24 @@ def _print(made: Bench) -> None:
     note(
         f"{made.bytes_per_token / 1e6:,.0f} MB a token, loaded in {made.load_s:.1f} s, "
         f"peak memory {format_bytes(made.peak_rss_bytes)}, {made.threads} threads"
+    )
+
+
+def _print_replayed(made: Replayed) -> None:
+    from fewfire.cli.output import console, note, table
+    from fewfire.sizes import format_bytes
+
+    shown = table("", "tokens/s", "predicted", "found in memory", "simulated", "at best")
+    shown.add_row(
+        f"decode of {made.tokens} tokens", f"{made.decode_tokens_per_s:.2f}",
+        f"{made.predicted_decode_tokens_per_s:.2f}", _percent(made.hit_rate), _percent(made.simulated_hit_rate),
+        _percent(made.belady_hit_rate),
+    )  # fmt: skip
+    console().print(shown)
+    disk = "" if made.disk_read_bytes_per_s is None else f" of a disk of {made.disk_read_bytes_per_s / 1e9:.2f} GB/s"
+    note(
+        f"{made.slots} of {made.records} experts in memory, {format_bytes(made.bytes_read)} read{disk}, waited "
+        f"{made.stall_s:.1f} s of {made.seconds:.1f}; peak memory {format_bytes(made.peak_rss_bytes)}"
     )
 
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewfire.cli.lossy import ExpertTopP, LowPrecision, PreferCached, lossy_line, make_lossy
-from fewfire.cli.streaming import CachePolicy, Direct, KvCache, Lookahead, Memory, Readers, VerifyAlways, make_streaming
+from fewfire.cli.streaming import (
+    CachePolicy,
+    Direct,
+    Hot,
+    KvCache,
+    Lookahead,
+    Memory,
+    Readers,
+    VerifyAlways,
+    make_streaming,
+)
 from fewfire.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +52,7 @@ def generate(
     lookahead: Lookahead = False,
     verify_always: VerifyAlways = False,
     direct: Direct = None,
+    hot: Hot = None,
     prefer_cached: PreferCached = 0.0,
     expert_top_p: ExpertTopP = 1.0,
     low_precision: LowPrecision = None,
@@ -58,7 +69,7 @@ def generate(
         context=context,
         cache=kv_cache,
         streaming=make_streaming(
-            cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct
+            cache_policy, readers, lookahead=lookahead, verify_always=verify_always, direct=direct, hot=hot
         ),
         lossy=make_lossy(prefer_cached, expert_top_p, low_precision),
         ignore_keys=ignore_key or (),

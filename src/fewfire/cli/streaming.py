@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -29,15 +30,28 @@ Direct = Annotated[
     bool | None,
     typer.Option("--direct/--buffered", help="Read past the page cache, or through it (default: the faster)."),
 ]
+Hot = Annotated[
+    Path | None,
+    typer.Option(help="A trace of `fewfire trace`: the experts it used most are in memory from the start."),
+]
 
 
 def make_streaming(
-    policy: str | None, readers: int | None, *, lookahead: bool, verify_always: bool, direct: bool | None
+    policy: str | None,
+    readers: int | None,
+    *,
+    lookahead: bool,
+    verify_always: bool,
+    direct: bool | None,
+    hot: Path | None,
 ) -> Streaming:
     """Settings of the options above; what was not given stays at its default."""
     from fewfire.runtime.banks import Streaming
+    from fewfire.trace import hot_set, read_trace
 
+    trace = None if hot is None else read_trace(hot)
     given = {
+        "hot": None if trace is None else hot_set(trace, sum(trace.num_experts)),
         "policy": policy,
         "num_readers": readers,
         "lookahead": lookahead,

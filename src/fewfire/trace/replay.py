@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,22 @@ from fewfire.checkpoints.pack import is_pack
 from fewfire.config import check
 from fewfire.errors import ConfigError
 from fewfire.plan.limits import peak_rss_bytes
-from fewfire.runtime.banks import ExpertCounts, StreamedExperts, Streaming
-from fewfire.runtime.engine import NativeDecoder, Replay
+from fewfire.runtime.banks import StreamedExperts, Streaming
+from fewfire.runtime.engine import NativeDecoder, PagedCache, Replay
 from fewfire.runtime.packed import load_pack
+from fewfire.runtime.predict import predict
+from fewfire.runtime.probe import probe_part
 from fewfire.sizes import parse_bytes
 from fewfire.trace.file import Trace, read_trace
+from fewfire.trace.simulate import decode_steps, simulate
 
 
 @dataclass(frozen=True)
 class Replayed:
     """Decode of `tokens` tokens, after `warm_tokens` that are not counted. `slots`: experts that memory holds, of
-    `records`; `stall_s`: seconds in which nothing was computed because no expert was there."""
+    `records`; `stall_s`: seconds in which nothing was computed because no expert was there. Beside them what the
+    simulator makes of the same trace and slots, Belady's policy, and the planner's speed at the hit rate that was seen,
+    on this machine as measured right after (`disk_read_bytes_per_s`: None where nothing streams)."""
 
     tokens: int
     warm_tokens: int
@@ -41,6 +47,10 @@ class Replayed:
     evictions: int
     stall_s: float
     peak_rss_bytes: int
+    simulated_hit_rate: float
+    belady_hit_rate: float
+    predicted_decode_tokens_per_s: float
+    disk_read_bytes_per_s: float | None
 
     @property
     def hit_rate(self) -> float:
@@ -57,6 +67,7 @@ def replay_pack(
     *,
     memory: str | int | None = None,
     context: int | None = None,
+    cache: str = "bf16",
     streaming: Streaming | None = None,
     warm_tokens: int = 0,
     max_tokens: int | None = None,
@@ -68,7 +79,7 @@ def replay_pack(
     known = trace if isinstance(trace, Trace) else read_trace(trace)
     check(is_pack(pack), f"{pack} is no pack; `fewfire pack` or `fewfire init` makes one")
     budget = None if memory is None else parse_bytes(memory, name="memory")
-    module = load_pack(pack, memory=budget, context=context, streaming=streaming)
+    module = load_pack(pack, memory=budget, context=context, cache=cache, streaming=streaming)
     if not isinstance(module, NativeDecoder):
         raise ConfigError(f"{pack} does not run on the native engine, which alone replays routing; replay another pack")
     return replay(module, known, warm_tokens=warm_tokens, max_tokens=max_tokens)
@@ -90,7 +101,43 @@ def replay(module: NativeDecoder, trace: Trace, *, warm_tokens: int = 0, max_tok
     before, start = module.experts.counts(), time.perf_counter()
     decoding.run(warm_tokens, last)
     seconds = time.perf_counter() - start
-    return _figures(module, module.experts.counts().since(before), last - warm_tokens, warm_tokens, seconds)
+    counts = module.experts.counts().since(before)
+    wanted = counts.total.hits + counts.total.misses
+    rate = counts.total.hits / wanted if wanted else 1.0
+    part = probe_part(module, disk_seconds=0.5)
+    predicted = predict(module, part, context=decoding.mean_context, hit_rate=rate)
+    policy = module.experts.settings.policy if isinstance(module.experts, StreamedExperts) else None
+    return Replayed(
+        tokens=last - warm_tokens,
+        warm_tokens=warm_tokens,
+        decode_tokens_per_s=(last - warm_tokens) / seconds,
+        seconds=seconds,
+        slots=_slots(module),
+        records=sum(trace.num_experts),
+        hits=counts.total.hits,
+        misses=counts.total.misses,
+        bytes_read=counts.bytes_read,
+        evictions=counts.evictions,
+        stall_s=counts.stall_s,
+        peak_rss_bytes=peak_rss_bytes(),
+        simulated_hit_rate=_simulated(module, trace, warm_tokens, last, policy) if policy else 1.0,
+        belady_hit_rate=_simulated(module, trace, warm_tokens, last, "belady") if policy else 1.0,
+        predicted_decode_tokens_per_s=predicted.decode_tokens_per_s,
+        disk_read_bytes_per_s=part.disk_gbs * 1e9 if policy and part.disk_gbs else None,
+    )
+
+
+def _slots(module: NativeDecoder) -> int:
+    records = sum(layer.num_experts for layer in module.pack.layout.experts)
+    return module.experts.slots if isinstance(module.experts, StreamedExperts) else records
+
+
+def _simulated(module: NativeDecoder, trace: Trace, warm: int, last: int, policy: str) -> float:
+    """Hit rate of tokens [warm, last) in a cache that was empty at first."""
+    whole = simulate(trace.num_experts, decode_steps(trace, 0, last), _slots(module), policy)
+    before = simulate(trace.num_experts, decode_steps(trace, 0, warm), _slots(module), policy)
+    hits, misses = whole.hits - before.hits, whole.misses - before.misses
+    return hits / (hits + misses) if hits + misses else 1.0
 
 
 def check_fits(module: NativeDecoder, trace: Trace) -> None:
@@ -125,13 +172,27 @@ class _Decoding:
     def __init__(self, module: NativeDecoder, trace: Trace):
         self.module, self.trace = module, trace
         self.tokens_T, self.starts = _tokens(module, trace), set(trace.documents)
-        self.cache = module.new_cache()
+        self.cache = self._new_cache()
+
+    def _new_cache(self) -> PagedCache:
+        """Room for the longest document at once, so that experts keep their slots while it grows."""
+        cache = self.module.new_cache()
+        longest = max(end - start for start, end in pairwise(self.trace.documents))
+        cache.of(1)[0].reserve(min(longest, self.module.config.max_context))
+        return cache
+
+    @property
+    def mean_context(self) -> int:
+        """Tokens in the cache in the middle of a document."""
+        sizes = [end - start for start, end in pairwise(self.trace.documents)]
+        return max(1, min(sum(sizes) // len(sizes), self.module.config.max_context) // 2)
 
     def run(self, start: int, end: int) -> None:
         module = self.module
         for token in range(start, end):
             if token in self.starts or self.cache.length >= module.config.max_context:
-                self.cache = module.new_cache()
+                del self.cache  # its memory first
+                self.cache = self._new_cache()
             ids_N, routing = self.tokens_T[token : token + 1], replay_of(self.trace, token, token + 1)
             module.logits(module.run(self.cache.of(1), [ids_N], replay=routing))
 
@@ -141,22 +202,3 @@ def _tokens(module: NativeDecoder, trace: Trace) -> Tensor:
     if trace.tokens is not None and int(trace.tokens.max()) < vocab:
         return trace.tokens.long()
     return torch.randint(0, vocab, (trace.num_tokens,), generator=torch.Generator().manual_seed(0))
-
-
-def _figures(module: NativeDecoder, counts: ExpertCounts, tokens: int, warm: int, seconds: float) -> Replayed:
-    experts = module.experts
-    records = sum(layer.num_experts for layer in module.pack.layout.experts)
-    return Replayed(
-        tokens=tokens,
-        warm_tokens=warm,
-        decode_tokens_per_s=tokens / seconds,
-        seconds=seconds,
-        slots=experts.slots if isinstance(experts, StreamedExperts) else records,
-        records=records,
-        hits=counts.total.hits,
-        misses=counts.total.misses,
-        bytes_read=counts.bytes_read,
-        evictions=counts.evictions,
-        stall_s=counts.stall_s,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
