@@ -53,6 +53,7 @@ def streamed(pack, slots, lossy=None, **settings):
     if lossy is not None and lossy.low_precision is not None:
         decoder._open_low()
     records = max(layer.record_bytes for layer in pack.layout.experts)
+    settings.setdefault("direct", False)  # no probe of the disk
     decoder.use(StreamedExperts(pack, slots * records, Streaming(**settings)))
     decoder.account.experts = None
     return decoder
