@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import time
@@ -73,24 +74,28 @@ def random_read_bytes_per_s(
 ) -> float:
     """Bytes/s of reads of `num_bytes` from `places()`, by some readers at once, none of it from the page cache: for
     `seconds` or until `most` bytes are read."""
-    module = native()
+    module, drops = native(), hasattr(os, "posix_fadvise") and not _is_direct(file)
     assert module is not None
-    memory = huge_memory(_READERS * num_bytes)
-    stop = time.perf_counter() + seconds
+    memory = huge_memory(_READERS * num_bytes).fill_(1)  # its pages are there before reading is timed
+    share, stop = most // _READERS, time.perf_counter() + seconds
 
-    def read(number: int) -> int:
-        if time.perf_counter() > stop:
-            return 0
-        offset = places()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
-        done, _ = module.read_plain(file, offset, num_bytes, memory.data_ptr() + number % _READERS * num_bytes)
-        return done
+    def read(reader: int) -> int:
+        total, to = 0, memory.data_ptr() + reader * num_bytes
+        while total < share and time.perf_counter() < stop:
+            offset = places()
+            if drops:
+                os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+            total += module.read_plain(file, offset, num_bytes, to)[0]
+        return total
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(_READERS) as pool:
-        total = sum(pool.map(read, range(max(_READERS, most // num_bytes))))
-    return total / (time.perf_counter() - start)
+        start = time.perf_counter()
+        total = sum(pool.map(read, range(_READERS)))
+        return total / (time.perf_counter() - start)
+
+
+def _is_direct(file: int) -> bool:
+    return bool(fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
 def _rate(file: int, layout: Layout, seed: int) -> float:
