@@ -17,7 +17,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kJobBytes = 4 << 20;  // what one reader reads at a time: large enough for any disk
+constexpr std::int64_t kJobBytes = 512 << 10;  // what one reader reads at a time: a record keeps several busy to its end
 constexpr std::int64_t kTrialTokens = 24;    // with and without looking ahead, in turns
 constexpr int kTrials = 4;
 
