@@ -76,6 +76,11 @@ def refuse(budget: int, needs: dict[str, int], remedy: str = "raise --memory, or
     )
 
 
+def planned_context(config: ModelConfig, context: int | None) -> int:
+    """Tokens of a text that memory is planned for; never more than the model has positions."""
+    return min(context or DEFAULT_CONTEXT, config.max_context)
+
+
 def scratch_bytes(config: ModelConfig, num_tokens: int, context: int, threads: int) -> int:
     """What one step over `num_tokens` tokens writes besides the cache, its logits included."""
     own = resident.step_bytes(config, num_tokens, context, threads)
@@ -106,9 +111,14 @@ class Account:
         """What experts may use."""
         return self.budget_bytes - self.fixed_bytes - self.taken_bytes
 
+    @property
+    def least_bytes(self) -> int:
+        """What experts cannot give back."""
+        return 0 if self.experts is None else self.experts.least_bytes
+
     def take(self, num_bytes: int, what: str) -> None:
         """Set memory aside for `what`. Raises: BudgetError where the least that experts need would not be left."""
-        least = 0 if self.experts is None else self.experts.least_bytes
+        least = self.least_bytes
         room = self.expert_bytes - least
         if num_bytes > room:
             raise BudgetError(
@@ -136,8 +146,7 @@ class Account:
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether all that is held, and the least that experts need, fits another budget."""
-        least = 0 if self.experts is None else self.experts.least_bytes
-        return self.fixed_bytes + self.taken_bytes + least <= budget_bytes
+        return self.fixed_bytes + self.taken_bytes + self.least_bytes <= budget_bytes
 
     def check_change(self, budget_bytes: int, least: int) -> None:
         """Raises: BudgetError where `budget_bytes` holds less than what is held, and `least` of experts."""
@@ -146,15 +155,16 @@ class Account:
 
     def change(self, budget_bytes: int) -> None:
         """Another budget from now on. Raises: BudgetError, and nothing changes, where more is held already."""
-        self.check_change(budget_bytes, 0 if self.experts is None else self.experts.least_bytes)
+        self.check_change(budget_bytes, self.least_bytes)
         self.budget_bytes = budget_bytes
         self._fit()
 
     def check(self) -> None:
         """Where the process holds more than was counted on, experts give way."""
-        untouched = 0 if self.experts is None else self.experts.untouched_bytes
-        excess = rss_bytes() + untouched - (self.budget_bytes - MARGIN_BYTES // 4)
-        if excess > 0 and self.experts is not None and self.expert_bytes - excess >= self.experts.least_bytes:
+        if self.experts is None:
+            return
+        excess = rss_bytes() + self.experts.untouched_bytes - (self.budget_bytes - MARGIN_BYTES // 4)
+        if excess > 0 and self.expert_bytes - excess >= self.least_bytes:
             self.fixed_bytes += excess
             self._fit()
 

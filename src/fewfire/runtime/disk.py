@@ -18,7 +18,7 @@ from fewfire.plan.memory import RECORD_ALIGNMENT
 from fewfire.runtime.weights import huge_memory, open_file
 
 _READERS = 4
-_PIECE = 4 * 2**20  # as the store reads (native/store.cpp)
+_PIECE = 4 * 2**20  # of a record, at most
 PROBE_BYTES = _READERS * _PIECE
 _ROUND_BYTES, _ROUND_S = 24 * 2**20, 0.1  # of one measurement, whichever is over first
 _MOST_BYTES = 8 * 2**30  # of one probe: no disk reads more in its seconds
@@ -98,10 +98,10 @@ def _is_direct(file: int) -> bool:
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
-def _rate(file: int, layout: Layout, seed: int) -> float:
+def _rate(file: int, layout: Layout, seed: int, *, seconds: float = _ROUND_S, most: int = _ROUND_BYTES) -> float:
     """Bytes/s of records from random places, none of them from the page cache."""
     piece = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
-    return random_read_bytes_per_s(file, _places(layout, seed), piece, seconds=_ROUND_S, most=_ROUND_BYTES)
+    return random_read_bytes_per_s(file, _places(layout, seed), piece, seconds=seconds, most=most)
 
 
 def _places(layout: Layout, seed: int) -> Callable[[], int]:
@@ -118,13 +118,10 @@ def _places(layout: Layout, seed: int) -> Callable[[], int]:
 def records_bytes_per_s(path: Path, layout: Layout, direct: bool, *, seconds: float = 0.5) -> float:
     """The disk's yardstick beside a streamed run: bytes/s of records from random places, as `Access` reads them.
 
-    Takes PROBE_BYTES of memory meanwhile.
-
-    Raises: ConfigError where the file cannot be read.
+    Takes PROBE_BYTES of memory meanwhile. Raises: ConfigError where the file cannot be read.
     """
     file = os.open(path, os.O_RDONLY | os.O_DIRECT) if direct else open_file(path)
     try:
-        size = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
-        return random_read_bytes_per_s(file, _places(layout, 7), size, seconds=seconds, most=_MOST_BYTES)
+        return _rate(file, layout, 7, seconds=seconds, most=_MOST_BYTES)
     finally:
         os.close(file)

@@ -24,7 +24,7 @@ from fewfire.plan import resident
 from fewfire.plan.limits import rss_bytes
 from fewfire.routing import Routing
 from fewfire.runtime.banks import ResidentExperts, StreamedExperts, Streaming
-from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, choose_chunk, default_budget, scratch_bytes
+from fewfire.runtime.budget import MARGIN_BYTES, Account, choose_chunk, default_budget, planned_context, scratch_bytes
 from fewfire.runtime.lossy import Lossy
 from fewfire.runtime.low import LowPrecision
 from fewfire.runtime.lower import Lowered
@@ -159,7 +159,7 @@ class NativeDecoder(nn.Module):
             self.invariant_reason = f"lossy modes are on: {', '.join(self.lossy.modes)}"
         budget = default_budget() if budget_bytes is None else budget_bytes
         self.lowered = Lowered(pack, Trunk(pack, report), cache)
-        self._roped = min(context or DEFAULT_CONTEXT, self.config.max_context)
+        self._roped = planned_context(self.config, context)
         self.account = Account(budget, rss_bytes() + MARGIN_BYTES)
         self._open_experts(streaming, report)
         self._table: PageTable | None = None

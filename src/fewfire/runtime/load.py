@@ -17,7 +17,7 @@ from fewfire.model.encoder_decoder import EncoderDecoder
 from fewfire.model.recurrent import Recurrent
 from fewfire.plan.limits import rss_bytes
 from fewfire.plan.memory import LOGIT_BYTES, PROCESS_BYTES, activation_bytes, torch_cache_bytes
-from fewfire.runtime.budget import DEFAULT_CONTEXT, refuse
+from fewfire.runtime.budget import planned_context, refuse
 from fewfire.runtime.packed import load_packed_module
 
 
@@ -46,7 +46,7 @@ def load_module(
 
 def _check_budget(checkpoint: HubCheckpoint | GgufCheckpoint, memory: int, dtype: torch.dtype | None) -> None:
     config = checkpoint.config
-    context = min(DEFAULT_CONTEXT, config.max_context)
+    context = planned_context(config, None)
     needs = {
         "process": max(PROCESS_BYTES, rss_bytes()),
         "weights": checkpoint.run_bytes(dtype),

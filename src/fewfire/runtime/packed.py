@@ -24,7 +24,7 @@ from fewfire.plan import resident
 from fewfire.plan.limits import rss_bytes
 from fewfire.plan.memory import TORCH_FLOAT32_BYTES, WeightBytes, activation_bytes, torch_cache_bytes, weight_bytes
 from fewfire.runtime.banks import LayerBank, ResidentExperts, StreamedExperts, Streaming
-from fewfire.runtime.budget import DEFAULT_CONTEXT, MARGIN_BYTES, Account, check_floor, default_budget
+from fewfire.runtime.budget import MARGIN_BYTES, Account, check_floor, default_budget, planned_context
 from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder
 from fewfire.runtime.lossy import Lossy
 from fewfire.runtime.low import LowPrecision
@@ -130,7 +130,7 @@ def _load_hybrid(
     for layer in layers.values():
         del layer.experts
     _fill(module, pack, None)
-    context = min(context or DEFAULT_CONTEXT, pack.config.max_context)
+    context = planned_context(pack.config, context)
     scratch = activation_bytes(pack.config, resident.CHUNKS[-1]) + torch_cache_bytes(pack.config, context)
     account = Account(budget, rss_bytes() + MARGIN_BYTES + scratch)
     fits = pack.layout.expert_bytes <= account.expert_bytes
