@@ -10,6 +10,17 @@ FewfireError                     one root for callers; the cli prints one line
 
 from __future__ import annotations
 
+_LONGEST_NAME = 120  # characters of a name from a file that a message shows
+
+
+def _one_line(text: str) -> str:
+    """`text` with what breaks the line or drives a terminal escaped: names in messages come from hostile files."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _shown(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
+
 
 class FewfireError(Exception):
     """Root of every error that fewfire raises on purpose. `str(error)` is one line: what - expected - how to fix."""
@@ -22,6 +33,9 @@ class ConfigError(FewfireError, ValueError):
 
     exit_status = 2
 
+    def __init__(self, message: str):
+        super().__init__(_one_line(message))
+
 
 class FormatError(FewfireError, ValueError):
     """A file is malformed.
@@ -33,8 +47,9 @@ class FormatError(FewfireError, ValueError):
 
     def __init__(self, message: str, *, path: str | None = None, record: str | None = None, offset: int | None = None):
         self.path, self.record, self.offset = path, record, offset
-        where = [part for part in (path, record, None if offset is None else f"byte {offset}") if part is not None]
-        super().__init__(f"{': '.join(where)}: {message}" if where else message)
+        named = (path, None if record is None else _shown(record), None if offset is None else f"byte {offset}")
+        where = [part for part in named if part is not None]
+        super().__init__(_one_line(f"{': '.join(where)}: {message}" if where else message))
 
 
 class BudgetError(FewfireError):
