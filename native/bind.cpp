@@ -403,11 +403,12 @@ void step(fewfire::Engine& engine, std::uintptr_t ids, std::uintptr_t positions,
     engine.step(tokens, pointer<float>(hidden), made, num_threads);
 }
 
-using RecordLayers = std::vector<std::array<std::int64_t, 3>>;  // offset, record bytes, experts
+// offset, record bytes, experts, late offset, late bytes
+using RecordLayers = std::vector<std::array<std::int64_t, 5>>;
 
 std::vector<fewfire::RecordLayer> layers_of(const RecordLayers& layers) {
     std::vector<fewfire::RecordLayer> made;
-    for (const auto& [offset, record_bytes, num_experts] : layers) made.push_back({offset, record_bytes, num_experts});
+    for (const auto& [offset, bytes, count, late, late_bytes] : layers) made.push_back({offset, bytes, count, late, late_bytes});
     return made;
 }
 

@@ -77,9 +77,9 @@ void ExpertRun::finish(ExpertSource& source, float* sums, std::int64_t stride) {
         taken += some;
         const Given given{experts.data(), records.data(), static_cast<std::size_t>(some)};
         if (in_order || some == wanted) {
-            add_in_order(given);
+            add_in_order(given, source);
         } else {
-            keep_outputs(given);
+            keep_outputs(given, source);
             kept = true;
         }
         source.give_back(experts.data(), some);
@@ -112,12 +112,13 @@ void ExpertRun::sort_slots() {
 }
 
 // Experts given in rising order: hidden rows for some slots at a time, then their outputs added to the sums.
-void ExpertRun::add_in_order(const Given& given) {
+void ExpertRun::add_in_order(const Given& given, ExpertSource& source) {
     std::vector<Segment> segments;
     std::int64_t rows = 0;
     const auto flush = [&] {
         if (segments.empty()) return;
         make_hidden(segments, segments.front().first);
+        source.settle(given.experts, static_cast<int>(given.count));
         add_outputs(segments, segments.front().first);
         segments.clear();
         rows = 0;
@@ -135,13 +136,14 @@ void ExpertRun::add_in_order(const Given& given) {
 }
 
 // Experts in any order: every slot's output is kept until all are there.
-void ExpertRun::keep_outputs(const Given& given) {
+void ExpertRun::keep_outputs(const Given& given, ExpertSource& source) {
     std::vector<Segment> segments;
     for (std::size_t i = 0; i < given.count; ++i) {
         const std::int64_t first = start(given.experts[i]);
         segments.push_back({layout_of(given.records[i]), given.records[i].bytes, first, start(given.experts[i] + 1) - first});
     }
     make_hidden(segments, 0);
+    source.settle(given.experts, static_cast<int>(given.count));
     const std::int64_t blocks = (width() + kRows - 1) / kRows, out_stride = row_stride(width());
     float* outs = room_.outs.reserve(room_.starts.back() * out_stride);
     Pool::shared().run(threads_, blocks, block_grain(blocks, threads_, 1), [&](std::int64_t begin, std::int64_t end, int worker) {

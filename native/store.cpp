@@ -17,7 +17,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::int64_t kJobBytes = 512 << 10;  // what one reader reads at a time: a record keeps several busy to its end
+constexpr std::int64_t kPartBytes = 512 << 10;  // what one reader reads at a time: a record keeps several busy to its end
+constexpr std::int64_t kPage = 4096;         // parts begin and end at multiples of this
 constexpr std::int64_t kTrialTokens = 24;    // with and without looking ahead, in turns
 constexpr int kTrials = 4;
 
@@ -46,6 +47,7 @@ ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint3
       uses_(static_cast<std::size_t>(first_ids_.back())),
       unready_(layers_.size()),
       looks_ahead_(settings.looks_ahead) {
+    for (const RecordLayer& layer : layers_) parts_.push_back(parts_of(layer));
     for (int i = 0; i < std::max(1, settings_.num_readers); ++i) readers_.emplace_back([this] { read_forever(); });
 }
 
@@ -76,7 +78,7 @@ void ExpertStore::want(int layer, const std::int32_t* experts, int count, const 
     {
         const std::lock_guard<std::mutex> lock(guard_);
         for (int i = 0; i < count; ++i) {
-            Reading& reading = readings_[static_cast<std::size_t>(first_ids_[static_cast<std::size_t>(layer)] + experts[i])];
+            Reading& reading = readings_[static_cast<std::size_t>(id_of(experts[i]))];
             if (reading.is_prefetch && reading.state == State::kReading) ++late_;
             reading.is_prefetch = false;
         }
@@ -91,6 +93,7 @@ void ExpertStore::want(int layer, const std::int32_t* experts, int count, const 
 int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
     if (open_.empty()) return 0;
     const Clock::time_point start = Clock::now();
+    const bool takes_early = !substitutes_ && !residency_.is_in_order();
     bool waits = false;
     std::unique_lock<std::mutex> lock(guard_);
     for (;;) {
@@ -98,12 +101,12 @@ int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
         std::int64_t substituted = 0;
         std::vector<std::int32_t> left;
         for (const std::int32_t expert : open_) {
-            const std::int64_t id = first_ids_[static_cast<std::size_t>(layer_)] + expert;
+            const Reading& reading = readings_[static_cast<std::size_t>(id_of(expert))];
             const bool has_slot = residency_.slot_of(expert) >= 0;
-            const State state = readings_[static_cast<std::size_t>(id)].state;
-            if (has_slot && state == State::kFailed) fail(id);
+            if (has_slot && reading.state == State::kFailed) fail(id_of(expert));
             const bool blocked = residency_.is_in_order() && !left.empty();
-            const bool is_ready = has_slot && state == State::kReady;
+            const bool is_begun = takes_early && reading.state == State::kReading && reading.early_left == 0;
+            const bool is_ready = has_slot && (reading.state == State::kReady || is_begun);
             if ((!is_ready && !substitutes_) || count == most || blocked) {
                 left.push_back(expert);
                 continue;
@@ -117,11 +120,7 @@ int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
             open_ = std::move(left);
             out_.insert(out_.end(), experts, experts + count);
             if (substituted > 0) count_substituted(substituted);
-            if (waits) {
-                const double seconds = seconds_since(start);
-                waited_s_ += seconds;
-                stall_s_ += seconds;
-            }
+            if (waits) count_wait(seconds_since(start));
             return count;
         }
         waits = true;
@@ -129,12 +128,30 @@ int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
     }
 }
 
+void ExpertStore::settle(const std::int32_t* experts, int count) {
+    if (substitutes_) return;  // only what is whole was given out
+    const Clock::time_point start = Clock::now();
+    bool waits = false;
+    std::unique_lock<std::mutex> lock(guard_);
+    for (int i = 0; i < count; ++i) {
+        const Reading& reading = readings_[static_cast<std::size_t>(id_of(experts[i]))];
+        for (; reading.state == State::kReading; waits = true) done_.wait(lock);
+        if (reading.state == State::kFailed) fail(id_of(experts[i]));
+    }
+    if (waits) count_wait(seconds_since(start));
+}
+
+void ExpertStore::count_wait(double seconds) {
+    waited_s_ += seconds;
+    stall_s_ += seconds;
+}
+
 // With copies nothing waits, so that reads could pile up, and records leave before they have come: as many are on their
 // way as keep the readers busy.
 std::int64_t ExpertStore::spare_reads() {
     const std::lock_guard<std::mutex> lock(guard_);
     std::erase_if(wanted_, [&](const Job& job) { return is_stale(job); });
-    const std::int64_t parts = (settings_.slot_bytes + kJobBytes - 1) / kJobBytes;
+    const std::int64_t parts = (settings_.slot_bytes + kPartBytes - 1) / kPartBytes;
     const std::int64_t pending = (static_cast<std::int64_t>(wanted_.size()) + running_) / parts;
     return std::max<std::int64_t>(0, 2 * static_cast<std::int64_t>(readers_.size()) - pending);
 }
@@ -166,6 +183,21 @@ void ExpertStore::prefetch(int layer, const std::int32_t* experts, int count) {
 
 double ExpertStore::waited_s() { return std::exchange(waited_s_, 0.0); }
 
+// Parts end where what is late begins and ends, so that few bytes belong to both.
+std::vector<ExpertStore::Part> ExpertStore::parts_of(const RecordLayer& layer) {
+    const std::int64_t late = (layer.late_offset + kPage - 1) / kPage * kPage;
+    const std::int64_t late_end = (layer.late_offset + layer.late_bytes) / kPage * kPage;
+    std::vector<Part> parts;
+    for (std::int64_t first = 0; first < layer.record_bytes;) {
+        const bool is_late = first >= late && first < late_end;
+        const std::int64_t end = is_late ? late_end : first < late && late < late_end ? late : layer.record_bytes;
+        const std::int64_t count = std::min(kPartBytes, end - first);
+        parts.push_back({first, count, is_late});
+        first += count;
+    }
+    return parts;
+}
+
 // Every record that Residency gave a slot is read into it; who held the slot before is no longer there.
 void ExpertStore::start_fills() {
     const std::vector<Fill> fills = residency_.take_fills();
@@ -174,18 +206,23 @@ void ExpertStore::start_fills() {
         const std::lock_guard<std::mutex> lock(guard_);
         for (const Fill& fill : fills) {
             Reading& reading = readings_[static_cast<std::size_t>(fill.id)];
-            const std::int64_t bytes = layers_[static_cast<std::size_t>(layer_of(fill.id))].record_bytes;
+            const std::vector<Part>& parts = parts_[static_cast<std::size_t>(layer_of(fill.id))];
             reading.state = State::kReading;
             reading.error_offset = -1;
             ++reading.turn;
             const std::uint32_t slot_turn = ++uses_[static_cast<std::size_t>(fill.slot)].turn;
-            reading.left = bytes;
+            reading.left = parts.size();
+            reading.early_left = 0;
             reading.is_prefetch = fill.is_prefetch;
             reading.verifies = settings_.always_verifies || !reading.verified;
-            reading.parts.assign(static_cast<std::size_t>((bytes + kJobBytes - 1) / kJobBytes), 0);
+            reading.checksums.assign(parts.size(), 0);
             auto& queue = fill.is_prefetch ? prefetched_ : wanted_;
-            for (std::int64_t first = 0; first < bytes; first += kJobBytes) {
-                queue.push_back({fill.id, fill.slot, first, std::min(kJobBytes, bytes - first), reading.turn, slot_turn});
+            for (const bool late : {false, true}) {
+                for (std::size_t part = 0; part < parts.size(); ++part) {
+                    if (parts[part].is_late != late) continue;
+                    queue.push_back({fill.id, fill.slot, part, reading.turn, slot_turn});
+                    if (!late) ++reading.early_left;
+                }
             }
         }
     }
@@ -201,13 +238,19 @@ void ExpertStore::abandon() {
     open_.insert(open_.end(), out_.begin(), out_.end());
     residency_.abandon(open_);
     for (const std::int32_t expert : open_) {
-        Reading& reading = readings_[static_cast<std::size_t>(first_ids_[static_cast<std::size_t>(layer_)] + expert)];
+        Reading& reading = readings_[static_cast<std::size_t>(id_of(expert))];
         if (reading.state != State::kFailed) continue;
         residency_.forget(expert);
         reading.state = State::kAbsent;
     }
     open_.clear();
     out_.clear();
+}
+
+// Where a record begins in the file.
+std::int64_t ExpertStore::record_offset(std::int64_t id) const {
+    const auto layer = static_cast<std::size_t>(layer_of(id));
+    return layers_[layer].offset + (id - first_ids_[layer]) * layers_[layer].record_bytes;
 }
 
 void ExpertStore::fail(std::int64_t id) {
@@ -267,52 +310,49 @@ void ExpertStore::read_forever() {
 }
 
 void ExpertStore::run(const Job& job) {
-    const RecordLayer& layer = layers_[static_cast<std::size_t>(layer_of(job.id))];
-    const std::int64_t expert = job.id - first_ids_[static_cast<std::size_t>(layer_of(job.id))];
-    const std::int64_t offset = layer.offset + expert * layer.record_bytes + job.first;
-    std::uint8_t* to = settings_.memory + job.slot * settings_.slot_bytes + job.first;
+    const Part part = parts_[static_cast<std::size_t>(layer_of(job.id))][job.part];
+    const std::int64_t offset = record_offset(job.id) + part.first;
+    std::uint8_t* to = settings_.memory + job.slot * settings_.slot_bytes + part.first;
     bool verifies;
     {
         const std::lock_guard<std::mutex> lock(guard_);
         verifies = readings_[static_cast<std::size_t>(job.id)].verifies;
     }
-    const ReadResult result = read_record(settings_.file, offset, job.count, to, verifies);
-    if (settings_.drops_cache) posix_fadvise(settings_.file, offset, job.count, POSIX_FADV_DONTNEED);
+    const ReadResult result = read_record(settings_.file, offset, part.count, to, verifies);
+    if (settings_.drops_cache) posix_fadvise(settings_.file, offset, part.count, POSIX_FADV_DONTNEED);
     std::unique_lock<std::mutex> lock(guard_);
     bytes_read_ += result.done;
     Reading& reading = readings_[static_cast<std::size_t>(job.id)];
     if (is_stale(job)) return;
-    if (result.done < job.count && reading.error_offset < 0) {
+    if (result.done < part.count && reading.error_offset < 0) {
         reading.kind = result.error != 0 ? ReadError::Kind::kSystem : ReadError::Kind::kShort;
         reading.error = result.error;
         reading.error_offset = offset + result.done;
     }
-    reading.parts[static_cast<std::size_t>(job.first / kJobBytes)] = result.checksum;
-    reading.left -= job.count;
-    if (reading.left == 0) finish(job, lock);
+    reading.checksums[job.part] = result.checksum;
+    if (!part.is_late) --reading.early_left;
+    if (--reading.left == 0) finish(job, lock);
 }
 
 // All parts of a record are there (under the lock, which is given up while a checksum is made).
 void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
     Reading& reading = readings_[static_cast<std::size_t>(job.id)];
-    const int layer = layer_of(job.id);
-    const RecordLayer& of = layers_[static_cast<std::size_t>(layer)];
+    const auto layer = static_cast<std::size_t>(layer_of(job.id));
     if (reading.error_offset >= 0) {
         reading.state = State::kFailed;
         return;
     }
     std::uint32_t checksum = 0;
     if (reading.verifies) {
-        for (std::size_t part = 0; part < reading.parts.size(); ++part) {
-            const std::int64_t first = static_cast<std::int64_t>(part) * kJobBytes;
-            checksum = join_checksums(checksum, reading.parts[part], std::min(kJobBytes, of.record_bytes - first));
+        for (std::size_t part = 0; part < reading.checksums.size(); ++part) {
+            checksum = join_checksums(checksum, reading.checksums[part], parts_[layer][part].count);
         }
     } else if (stamp_of(settings_.file) == stamp_) {
         reading.state = State::kReady;
         return;
     } else {  // somebody wrote to the file since it was opened
         lock.unlock();
-        checksum = table().crc32c(0, record(job.slot), of.record_bytes);
+        checksum = table().crc32c(0, record(job.slot), layers_[layer].record_bytes);
         lock.lock();
         if (is_stale(job)) return;
     }
@@ -320,7 +360,7 @@ void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
     reading.state = reading.verified ? State::kReady : State::kFailed;
     if (reading.verified) return;
     reading.kind = ReadError::Kind::kChecksum;
-    reading.error_offset = of.offset + (job.id - first_ids_[static_cast<std::size_t>(layer)]) * of.record_bytes;
+    reading.error_offset = record_offset(job.id);
 }
 
 // ------------------------------------------------------------------------------------------------ from outside

@@ -23,7 +23,8 @@ struct Record {
     bool is_low = false;
 };
 
-// Where the records of experts come from. One layer at a time: want, then take and give back until all have been taken.
+// Where the records of experts come from. One layer at a time: want, then take, settle and give back until all have been
+// taken.
 class ExpertSource {
 public:
     ExpertSource() = default;
@@ -34,9 +35,12 @@ public:
     // The distinct experts that layer `layer` runs next, rising.
     virtual void want(int layer, const std::int32_t* experts, int count, const Demand& demand) = 0;
 
-    // Up to `most` of the wanted experts that are in memory, and where; waits until there is one. 0: all were taken.
-    // Throws ReadError where a record cannot be had.
+    // Up to `most` of the wanted experts that are in memory, and where; waits until there is one. 0: all were taken. What
+    // is late of a record (see RecordLayer) may still be on its way. Throws ReadError where a record cannot be had.
     virtual int take(int most, std::int32_t* experts, Record* records) = 0;
+
+    // Waits until all of what was taken is there. Throws ReadError as take().
+    virtual void settle(const std::int32_t*, int) {}
 
     // What was taken is not needed any longer.
     virtual void give_back(const std::int32_t* experts, int count) = 0;
@@ -58,9 +62,10 @@ public:
     virtual void end_step(std::int64_t, double) {}
 };
 
-// Where the records of one layer lie in experts.bin: one after the other.
+// Where the records of one layer lie in experts.bin: one after the other. Of each, `late_bytes` from `late_offset` on are
+// needed last: the codes of down, once the hidden state is made.
 struct RecordLayer {
-    std::int64_t offset = 0, record_bytes = 0, num_experts = 0;
+    std::int64_t offset = 0, record_bytes = 0, num_experts = 0, late_offset = 0, late_bytes = 0;
 };
 
 // A record that could not be had: layer, expert and byte are told apart so that the caller can name them.
@@ -141,8 +146,8 @@ private:
     float output_weight(std::int64_t slot) const { return to_.is_input_weighted ? 1.0f : slot_weight(slot); }
     Rows hidden_rows(const Segment& segment, std::int64_t base);
     void sort_slots();
-    void add_in_order(const Given& given);
-    void keep_outputs(const Given& given);
+    void add_in_order(const Given& given, ExpertSource& source);
+    void keep_outputs(const Given& given, ExpertSource& source);
     void add_biases(const std::vector<Segment>& segments, float* outs, std::int64_t out_stride);
     void add_kept();
     void make_hidden(const std::vector<Segment>& segments, std::int64_t base);

@@ -38,6 +38,7 @@ public:
 
     void want(int layer, const std::int32_t* experts, int count, const Demand& demand) override;
     int take(int most, std::int32_t* experts, Record* records) override;
+    void settle(const std::int32_t* experts, int count) override;
     bool find_cached(int layer, std::uint8_t* cached) const override;
     void give_back(const std::int32_t* experts, int count) override;
     double waited_s() override;
@@ -63,18 +64,25 @@ public:
 private:
     enum class State : std::uint8_t { kAbsent, kReading, kReady, kFailed };
 
+    // Bytes of a record that one reader reads at a time.
+    struct Part {
+        std::int64_t first, count;
+        bool is_late;
+    };
+
     // A part of a record for one reader.
     struct Job {
-        std::int64_t id, slot, first, count;
-        std::uint32_t turn, slot_turn;  // of the record's reading, and of the slot's use, that it is part of
+        std::int64_t id, slot;
+        std::size_t part;
+        std::uint32_t turn, slot_turn;  // of the record's reading, and of the slot's use, that it belongs to
     };
 
     struct Reading {
         State state = State::kAbsent;
         std::uint32_t turn = 0;
-        std::int64_t left = 0;  // bytes that are still to come
+        std::size_t left = 0, early_left = 0;  // parts that are still to come; those of them that are not late
         bool verifies = false, verified = false, is_prefetch = false;
-        std::vector<std::uint32_t> parts;  // checksums of its jobs
+        std::vector<std::uint32_t> checksums;  // of its parts
         ReadError::Kind kind = ReadError::Kind::kSystem;
         int error = 0;
         std::int64_t error_offset = -1;  // where reading failed
@@ -93,14 +101,19 @@ private:
     void run(const Job& job);
     void abandon();
     void finish(const Job& job, std::unique_lock<std::mutex>& lock);
+    static std::vector<Part> parts_of(const RecordLayer& layer);
     void start_fills();
+    void count_wait(double seconds);
     std::int64_t spare_reads();
     void count_substituted(std::int64_t count);
+    std::int64_t id_of(std::int32_t expert) const { return first_ids_[static_cast<std::size_t>(layer_)] + expert; }
     int layer_of(std::int64_t id) const;
+    std::int64_t record_offset(std::int64_t id) const;
     const std::uint8_t* record(std::int64_t slot) const { return settings_.memory + slot * settings_.slot_bytes; }
     void fail(std::int64_t id);
 
     std::vector<RecordLayer> layers_;
+    std::vector<std::vector<Part>> parts_;  // of each layer's records, in the order of the file
     std::vector<std::int64_t> first_ids_;
     std::vector<std::uint32_t> checksums_;
     StoreSettings settings_;

@@ -58,7 +58,7 @@ class ExpertSource:
 
 class ResidentExperts(ExpertSource):
     def __init__(
-        self, layers: list[tuple[int, int, int]], checksums: list[int], memory: int, owner: object
+        self, layers: list[tuple[int, int, int, int, int]], checksums: list[int], memory: int, owner: object
     ) -> None: ...
     def verify(self) -> None: ...
 
@@ -67,7 +67,7 @@ class ReadError(Exception):
 
 class ExpertStore(ExpertSource):
     def __init__(
-        self, layers: list[tuple[int, int, int]], checksums: list[int], settings: dict[str, Any], owner: object
+        self, layers: list[tuple[int, int, int, int, int]], checksums: list[int], settings: dict[str, Any], owner: object
     ) -> None: ...
     def set_capacity(self, slots: int, /) -> None: ...
     def set_low(self, low: ResidentExperts | None) -> None: ...

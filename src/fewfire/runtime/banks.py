@@ -271,8 +271,13 @@ class LayerBank(nn.Module):
         return out.to(x_TD.dtype)
 
 
-def _record_layers(pack: Pack) -> list[tuple[int, int, int]]:
-    return [(layer.offset, layer.record_bytes, layer.num_experts) for layer in pack.layout.experts]
+def _record_layers(pack: Pack) -> list[tuple[int, int, int, int, int]]:
+    """(offset, bytes of a record, experts, offset and bytes of what a record is needed for last) of each layer."""
+    made = []
+    for layer in pack.layout.experts:
+        down = next(part for part in layer.parts if (part.name, part.kind) == ("down", "codes"))
+        made.append((layer.offset, layer.record_bytes, layer.num_experts, down.offset, down.num_bytes))
+    return made
 
 
 def _checksums(pack: Pack) -> list[int]:
