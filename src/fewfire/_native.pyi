@@ -67,7 +67,11 @@ class ReadError(Exception):
 
 class ExpertStore(ExpertSource):
     def __init__(
-        self, layers: list[tuple[int, int, int, int, int]], checksums: list[int], settings: dict[str, Any], owner: object
+        self,
+        layers: list[tuple[int, int, int, int, int]],
+        checksums: list[int],
+        settings: dict[str, Any],
+        owner: object,
     ) -> None: ...
     def set_capacity(self, slots: int, /) -> None: ...
     def set_low(self, low: ResidentExperts | None) -> None: ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fewfire.runtime.banks import ExpertCounts, ResidentExperts, StreamedExperts
 from fewfire.runtime.engine import CACHE_ELEMENT_BYTES, NativeDecoder, Replay
 from fewfire.runtime.packed import Module, experts_of, load_pack
 from fewfire.runtime.predict import predict
-from fewfire.runtime.probe import probe_part, read_own_bytes_per_s
+from fewfire.runtime.probe import DiskSamples, pieces_of, probe_part, read_own_bytes_per_s
 
 DRIFT = 0.10  # probes before and after may differ by this much
 ATTEMPTS = 3  # of a run, until they do not
@@ -200,9 +201,7 @@ def bench(
 
 
 def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
-    native = isinstance(module, NativeDecoder)
     before = _bandwidth(module)
-    part = probe_part(module, bandwidth=before, disk_seconds=0.3) if isinstance(module, NativeDecoder) else None
     generator = torch.Generator().manual_seed(seed)
     size = (run.batch, max(run.prompt_tokens, run.context + run.new_tokens + 1))
     ids_BT = torch.randint(0, module.config.vocab_size, size, generator=generator)
@@ -213,9 +212,16 @@ def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
     if run.context:
         module.hidden(ids_BT[:, : run.context], cache)
     replays = [source.take(run.batch) for _ in range(run.new_tokens)]
-    decode = _timed(module, lambda: _decode(module, ids_BT, cache, run.context, replays))
-    after = _bandwidth(module)
-    return _Attempt(before, after, prefill, decode, part if native else None)
+    pieces = [
+        partial(_decode, module, ids_BT, cache, run.context + start, replays[start:stop])
+        for start, stop in pieces_of(run.new_tokens)
+    ]
+    if not isinstance(module, NativeDecoder):
+        return _Attempt(before, _bandwidth(module), prefill, _timed(module, *pieces), None)
+    disk = DiskSamples(module)
+    disk.take()
+    decode = _timed(module, *pieces, after_each=disk.take)
+    return _Attempt(before, _bandwidth(module), prefill, decode, disk.on(probe_part(module, bandwidth=before)))
 
 
 def _bandwidth(module: Module) -> float:
@@ -225,14 +231,18 @@ def _bandwidth(module: Module) -> float:
     return read_bytes_per_s(torch.get_num_threads(), num_bytes=128 * 2**20)
 
 
-def _timed(module: Module, work: Callable[[], None]) -> _Timed:
+def _timed(module: Module, *pieces: Callable[[], None], after_each: Callable[[], None] = lambda: None) -> _Timed:
+    """All pieces as one; the clock stands while `after_each` runs."""
     experts = experts_of(module)
     before = None if experts is None else experts.counts()
     if isinstance(module, NativeDecoder):
         module.take_timings()
-    start = time.perf_counter()
-    work()
-    made = _Timed(time.perf_counter() - start)
+    made = _Timed(0.0)
+    for piece in pieces:
+        start = time.perf_counter()
+        piece()
+        made.seconds += time.perf_counter() - start
+        after_each()
     if isinstance(module, NativeDecoder):
         made.phases = module.take_timings()
     if experts is not None and before is not None:

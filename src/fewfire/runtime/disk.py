@@ -62,7 +62,7 @@ def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tupl
     if direct:
         os.close(buffered)
         return past, Access(True)
-    rates = [(_rate(past, layout, seed), _rate(buffered, layout, seed + 2)) for seed in range(2)]
+    rates = [(_rate(past, layout), _rate(buffered, layout)) for _ in range(2)]
     of_direct, of_buffered = (max(each) for each in zip(*rates, strict=True))
     is_direct = of_buffered < _CLEARLY * of_direct
     os.close(buffered if is_direct else past)
@@ -98,19 +98,24 @@ def _is_direct(file: int) -> bool:
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
-def _rate(file: int, layout: Layout, seed: int, *, seconds: float = _ROUND_S, most: int = _ROUND_BYTES) -> float:
-    """Bytes/s of records from random places, none of them from the page cache."""
+def _rate(file: int, layout: Layout, *, seconds: float = _ROUND_S, most: int = _ROUND_BYTES) -> float:
+    """Bytes/s of pieces of records from random places, none of them from the page cache."""
     piece = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
-    return random_read_bytes_per_s(file, _places(layout, seed), piece, seconds=seconds, most=most)
+    return random_read_bytes_per_s(file, _places(layout, piece), piece, seconds=seconds, most=most)
 
 
-def _places(layout: Layout, seed: int) -> Callable[[], int]:
-    """Where random records begin."""
-    layers, draw = layout.experts, random.Random(seed)
+def _places(layout: Layout, piece: int) -> Callable[[], int]:
+    """Where random pieces of random records begin.
+
+    Other places at every call: a host that caches below this machine serves what it has seen faster than the rest.
+    """
+    layers, draw = layout.experts, random.Random()
 
     def place() -> int:
         layer = layers[draw.randrange(len(layers))]
-        return layer.record_offset(draw.randrange(layer.num_experts))
+        return (
+            layer.record_offset(draw.randrange(layer.num_experts)) + draw.randrange(layer.record_bytes // piece) * piece
+        )
 
     return place
 
@@ -122,6 +127,6 @@ def records_bytes_per_s(path: Path, layout: Layout, direct: bool, *, seconds: fl
     """
     file = os.open(path, os.O_RDONLY | os.O_DIRECT) if direct else open_file(path)
     try:
-        return _rate(file, layout, 7, seconds=seconds, most=_MOST_BYTES)
+        return _rate(file, layout, seconds=seconds, most=_MOST_BYTES)
     finally:
         os.close(file)

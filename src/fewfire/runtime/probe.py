@@ -10,6 +10,7 @@ import os
 import platform
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from fewfire.plan.probe import (
     scratch_file,
 )
 from fewfire.runtime.banks import StreamedExperts
-from fewfire.runtime.disk import PROBE_BYTES, Access, random_read_bytes_per_s, records_bytes_per_s
+from fewfire.runtime.disk import PROBE_BYTES, random_read_bytes_per_s, records_bytes_per_s
 from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.weights import open_file
 
@@ -145,9 +146,7 @@ def probe_part(
     formats = {each.format for each in pack.layout.trunk}
     formats |= {matrix.format for layer in pack.layout.experts for matrix in layer.matrices}
     kernels = kernel_rates(threads, formats, seconds=seconds / 30)
-    disk = None
-    if isinstance(module.experts, StreamedExperts):
-        disk = _records_rate(module, module.experts.access, disk_seconds)
+    disk = _records_rate(module, disk_seconds)
     return MachineProfile(
         host=platform.node(),
         date=datetime.date.today().isoformat(),
@@ -167,7 +166,37 @@ def probe_part(
     ).part()
 
 
-def _records_rate(module: NativeDecoder, access: Access, seconds: float) -> float | None:
+class DiskSamples:
+    """The disk's rate beside a streamed run: the mean of samples between its pieces, as disks change within seconds.
+
+    Samples are of random pieces of records, read as the run reads them, and take their memory out of its budget.
+    Without streamed experts there are none.
+    """
+
+    def __init__(self, module: NativeDecoder, *, seconds: float = 0.3):
+        self.module, self.seconds = module, seconds
+        self._rates: list[float] = []
+
+    def take(self) -> None:
+        rate = _records_rate(self.module, self.seconds)
+        self._rates.extend([] if rate is None else [rate])
+
+    def on(self, part: Part) -> Part:
+        """`part` with the disk as it was found."""
+        return replace(part, disk_gbs=sum(self._rates) / len(self._rates) / 1e9) if self._rates else part
+
+
+def pieces_of(count: int, *, most: int = 8) -> list[tuple[int, int]]:
+    """(start, stop) of up to `most` pieces of `count` steps, as even as they come."""
+    number = max(1, min(most, count))
+    return [(count * piece // number, count * (piece + 1) // number) for piece in range(number)]
+
+
+def _records_rate(module: NativeDecoder, seconds: float) -> float | None:
+    """Bytes/s of records from random places, None where experts do not stream. `seconds` as for `probe_part`."""
+    if not isinstance(module.experts, StreamedExperts):
+        return None
+    access = module.experts.access
     known = access.bytes_per_s
     if known is not None and not seconds:
         return known

@@ -22,7 +22,7 @@ from fewfire.runtime.banks import StreamedExperts, Streaming
 from fewfire.runtime.engine import NativeDecoder, PagedCache, Replay
 from fewfire.runtime.packed import load_pack
 from fewfire.runtime.predict import predict
-from fewfire.runtime.probe import probe_part
+from fewfire.runtime.probe import DiskSamples, pieces_of, probe_part
 from fewfire.sizes import parse_bytes
 from fewfire.trace.file import Trace, read_trace
 from fewfire.trace.simulate import decode_steps, simulate
@@ -98,13 +98,17 @@ def replay(module: NativeDecoder, trace: Trace, *, warm_tokens: int = 0, max_tok
     check(0 <= warm_tokens < last, f"warm_tokens ({warm_tokens}) leaves nothing of {trace.num_tokens} tokens to time")
     decoding = _Decoding(module, trace)
     decoding.run(0, warm_tokens)
-    before, start = module.experts.counts(), time.perf_counter()
-    decoding.run(warm_tokens, last)
-    seconds = time.perf_counter() - start
+    before, disk, seconds = module.experts.counts(), DiskSamples(module), 0.0
+    for first, stop in pieces_of(last - warm_tokens):
+        disk.take()
+        start = time.perf_counter()
+        decoding.run(warm_tokens + first, warm_tokens + stop)
+        seconds += time.perf_counter() - start
+    disk.take()
     counts = module.experts.counts().since(before)
     wanted = counts.total.hits + counts.total.misses
     rate = counts.total.hits / wanted if wanted else 1.0
-    part = probe_part(module, disk_seconds=0.5)
+    part = disk.on(probe_part(module))
     predicted = predict(module, part, context=decoding.mean_context, hit_rate=rate)
     policy = module.experts.settings.policy if isinstance(module.experts, StreamedExperts) else None
     return Replayed(
