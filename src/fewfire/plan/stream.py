@@ -15,8 +15,10 @@ from fewfire.plan.hardware import Part
 from fewfire.plan.memory import floor_bytes
 from fewfire.plan.phases import expert_layers
 from fewfire.plan.speed import PrefillTime, bandwidth, chunk_phases, decode_phases, expert_bytes, launches
+from fewfire.plan.unique import Routed
 from fewfire.plan.workload import Assumptions, Workload
 
+DOWN_SHARE = 1 / 3  # of an expert's work: gate and up are the rest
 DISK_BYTES_PER_S = 2e9  # where a part names no disk: a middling NVMe drive, reads of expert size
 
 
@@ -151,12 +153,12 @@ def _layers_s(work: Workload, batch: int, miss_rate: float, bytes_per_s: float, 
 
 
 def expected_layer_s(num_awake: int, miss_rate: float, read_s: float, work_s: float) -> float:
-    """E[the longer of a layer's reads and its work], each of `num_awake` experts missing on its own; the expert that
-    comes last is computed after it has come."""
+    """E[the longer of a layer's reads and its work], each of `num_awake` experts missing on its own. Of the expert that
+    comes last, `down` is computed after it has come."""
     expected = 0.0
     for misses in range(num_awake + 1):
         chance = comb(num_awake, misses) * miss_rate**misses * (1 - miss_rate) ** (num_awake - misses)
-        last = work_s / num_awake if misses else 0.0
+        last = DOWN_SHARE * work_s / num_awake if misses else 0.0
         expected += chance * max(misses * read_s + last, work_s)
     return expected
 
@@ -195,9 +197,16 @@ def _shares(work: Workload, tiers: Sequence[Tier], *, measured: bool) -> list[fl
         fraction = min(1.0, held / num_experts)
         answered = 0.0
         for routed, layers in work.routed:
-            cached = int(fraction * routed.num_experts)
-            rate = routed.hit_rate(cached) if measured else cached / routed.num_experts
+            rate = _rate_of(routed, fraction) if measured else fraction
             answered += rate * routed.top_k * layers / weight
         reached.append(answered - before)
         before = answered
     return reached
+
+
+def _rate_of(routed: Routed, fraction: float) -> float:
+    """Hit rate with a fraction of the experts in memory: slots are one pool for all layers, so that a layer may have
+    one expert more than another of its kind."""
+    whole, part = divmod(fraction * routed.num_experts, 1)
+    low = routed.hit_rate(int(whole))
+    return low + part * (routed.hit_rate(min(int(whole) + 1, routed.num_experts)) - low)
