@@ -95,15 +95,16 @@ struct Avx512Ops {
     // The panel's groups times those of a tile, see multiply_tile.
     template <int kTokens, int kRuns>
     static void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile,
-                              const std::int32_t* starts, float* totals) {
+                              const std::int32_t* starts, float* totals, Ahead& ahead) {
         constexpr std::int64_t kQuads = 32 / kRuns;
-        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals};
+        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals, .ahead_step = ahead.part_bytes / kQuads};
         for (std::int64_t g = 0; g < some; ++g) {
             const std::int8_t* codes = tile.codes + (first + g) * kTokens * kGroup;
             job.token_scales = tile.scales + (first + g) * kTokens;
             for (std::int64_t run = 0; run < kRuns; ++run) {
                 job.codes = codes + run * kQuads * 4;
                 job.next = codes + kTokens * kGroup + run * kQuads * 64;
+                job.ahead = ahead.next();
                 job.bytes = panel.bytes + (g * kRuns + run) * kQuads * 64;
                 job.scales = panel.scales + (g * kRuns + run) * kMostBlocks * kRows;
                 job.starts = starts + ((first + g) * kRuns + run) * kTokens;

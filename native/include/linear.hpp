@@ -220,6 +220,18 @@ struct Panel {
     float *scales, *minima;  // ((group, run), kMostBlocks, 16)
 };
 
+// What is unpacked next: the codes of up to kMostBlocks blocks, in parts that are fetched one at a time.
+struct Ahead {
+    const std::uint8_t* codes[kMostBlocks] = {};
+    std::int64_t parts = 1, part_bytes = 0, count = 0, at = 0;  // parts of a block; of all; how many were fetched
+
+    // The next part; where none is left, one that was fetched.
+    const std::uint8_t* next() {
+        const std::int64_t part = at < count ? at++ : 0;
+        return codes[part / parts] + part % parts * part_bytes;
+    }
+};
+
 constexpr std::int64_t kPanelGap = kPanelGroups * kGroup * kRows;  // of what was unpacked
 
 template <WeightFormat kFormat>
@@ -295,13 +307,15 @@ void multiply_run(const std::uint8_t* const* bytes, const float* scales, const s
 // Groups of a tile through the panel, whose first group is `first` of the tile's, added to totals (tokens, kMostBlocks, 16).
 template <class Ops, int kTokens, int kRuns>
 void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile, const std::int32_t* starts,
-                   float* totals) {
-    if constexpr (requires { Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals); }) {
-        Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals);
+                   float* totals, Ahead& ahead) {
+    if constexpr (requires { Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals, ahead); }) {
+        Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals, ahead);
     } else {
         constexpr int kQuads = 32 / kRuns;
         for (std::int64_t at = 0; at < some * kRuns; ++at) {
             const std::int64_t g = first + at / kRuns, run = at % kRuns;
+            const std::uint8_t* fetched = ahead.next();
+            for (std::int64_t i = 0; i < ahead.part_bytes; i += 64) Ops::prefetch(fetched + i);
             const std::uint8_t* bytes[Ops::kBlocks];
             for (int b = 0; b < Ops::kBlocks; ++b) bytes[b] = panel.bytes + b * panel.gap + at * kQuads * 64;
             multiply_run<Ops, kTokens, Ops::kBlocks, kQuads>(
@@ -339,7 +353,9 @@ public:
             std::memset(totals_, 0, static_cast<std::size_t>(numbers) * 4);  // `below_` follows
             for (std::int64_t g = 0; g < tiles_.groups; g += kPanelGroups) {
                 const std::int64_t some = std::min(kPanelGroups, tiles_.groups - g);
-                add_groups(unpack(block, blocks, g, some), blocks, g, some);
+                const Panel panel = unpack(block, blocks, g, some);
+                look_ahead(block, g + some, last);
+                add_groups(panel, blocks, g, some);
             }
             put_totals(block, blocks);
             block += blocks;
@@ -364,6 +380,16 @@ private:
         return {bytes_, kPanelGap, scales_, minima_};
     }
 
+    // What is unpacked next, to be fetched while products are made: it comes from memory, and would be waited for.
+    void look_ahead(std::int64_t block, std::int64_t group, std::int64_t last) {
+        if (group >= tiles_.groups) block += Ops::kBlocks, group = 0;
+        const std::int64_t blocks = std::clamp<std::int64_t>(last - block, 0, Ops::kBlocks);
+        const std::int64_t bytes = std::min(kPanelGroups, tiles_.groups - group) * kGroupBytes<kFormat>.codes;
+        const std::int64_t parts = std::max<std::int64_t>(1, tiles_.tiles * kPanelGroups * kRuns / std::max<std::int64_t>(1, blocks));
+        ahead_ = {.parts = parts, .part_bytes = (bytes / parts + 63) / 64 * 64, .count = blocks * parts};
+        for (std::int64_t b = 0; b < blocks; ++b) ahead_.codes[b] = Place(weight_, block + b, group).codes;
+    }
+
     void put_totals(std::int64_t block, int blocks) {
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
             for (int b = 0; b < blocks; ++b) {
@@ -381,7 +407,7 @@ private:
             const std::int32_t* starts = starts_ + tiles_.begin(i) * tiles_.groups * kRuns;
             float* totals = totals_ + tiles_.begin(i) * kMostBlocks * kRows;
             for_number<Ops::kTokens>(static_cast<int>(tiles_.size(i)), [&](auto tokens) {
-                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, totals);
+                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, totals, ahead_);
             });
         }
         if constexpr (kGroupBytes<kFormat>.has_minimum) add_panel_minima(panel, blocks, first, some);
@@ -413,6 +439,7 @@ private:
     std::uint8_t* bytes_;
     float *scales_, *minima_, *totals_, *below_;
     std::int32_t* starts_;
+    Ahead ahead_;
 };
 
 // ----------------------------------------------------------------------------------------------- plain weights

@@ -15,11 +15,13 @@ struct TileJob {
     const std::uint8_t* bytes = nullptr;   // 8: of the first block, 64 for every four columns
     std::int64_t gap = 0;                  // 16: from one block to the next
     const std::int32_t* starts = nullptr;  // 24: one a token
-    const std::int8_t* next = nullptr;     // 32: what to fetch meanwhile, 64 bytes a step
+    const std::int8_t* next = nullptr;     // 32: codes that follow, fetched meanwhile, 64 bytes a step
     std::int64_t steps = 0;                // 40: of four columns
     const float* scales = nullptr;         // 48: (4, 16)
     const float* token_scales = nullptr;   // 56: one a token
     float* totals = nullptr;               // 64: (tokens, 4, 16), to which the sums are added
+    const std::uint8_t* ahead = nullptr;   // 72: weights that follow, fetched meanwhile
+    std::int64_t ahead_step = 0;           // 80: bytes of them a step
 };
 
 #define FEWFIRE_START(t, a, b, c, d)                                                                    \
@@ -45,16 +47,16 @@ template <int kTokens>
         "mov 24(%[job]), %%rsi\n" FEWFIRE_TOKENS(FEWFIRE_START)
         "mov 0(%[job]), %%rax\n mov 8(%[job]), %%rbx\n mov 16(%[job]), %%rcx\n lea (%%rcx, %%rcx, 2), %%r10\n"
         "mov 32(%[job]), %%rdx\n mov 40(%[job]), %%r11\n mov 48(%[job]), %%rdi\n mov 56(%[job]), %%r8\n"
-        "mov 64(%[job]), %%r9\n"
+        "mov 64(%[job]), %%r9\n mov 72(%[job]), %%r12\n mov 80(%[job]), %%r13\n"
         ".p2align 6\n"
         "1: vmovdqu64 (%%rbx), %%zmm0\n vmovdqu64 (%%rbx, %%rcx), %%zmm1\n"
         " vmovdqu64 (%%rbx, %%rcx, 2), %%zmm2\n vmovdqu64 (%%rbx, %%r10), %%zmm3\n"
-        " prefetcht0 (%%rdx)\n" FEWFIRE_TOKENS(FEWFIRE_DOT)
-        " add $4, %%rax\n add $64, %%rbx\n add $64, %%rdx\n dec %%r11\n jnz 1b\n"
+        " prefetcht0 (%%rdx)\n prefetcht1 (%%r12)\n" FEWFIRE_TOKENS(FEWFIRE_DOT)
+        " add $4, %%rax\n add $64, %%rbx\n add $64, %%rdx\n add %%r13, %%r12\n dec %%r11\n jnz 1b\n"
         FEWFIRE_TOKENS(FEWFIRE_SCALE)
         :
         : [job] "r"(&job), [n] "i"(kTokens)
-        : "memory", "cc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "zmm0", "zmm1", "zmm2", "zmm3",
+        : "memory", "cc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "zmm0", "zmm1", "zmm2", "zmm3",
           "zmm4", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19",
           "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28", "zmm29", "zmm30", "zmm31");
 }
