@@ -20,6 +20,9 @@ from fewfire.quantize.pack import cut_layers
 
 _DEVIATION = 0.02
 _RUN = 1 << 24  # values drawn at a time
+_BYTES = np.arange(256, dtype=np.uint8)
+_WITHOUT_LEAST = _BYTES | np.where(_BYTES & 0x0F, 0, 0x08) | np.where(_BYTES & 0xF0, 0, 0x80)  # two codes: -8 becomes 0
+_WITHOUT_LEAST = _WITHOUT_LEAST.astype(np.uint8)
 
 
 def main() -> None:
@@ -75,7 +78,11 @@ def _type(slot: Slot, kind: str, head: str) -> str:
 
 
 def _draw(rng: np.random.Generator, slot: Slot, kind: str, count: int) -> bytes:
-    """`count` random weights in ggml's blocks; scales are such that their deviation is about 0.02."""
+    """`count` random weights in ggml's blocks; scales are such that their deviation is about 0.02.
+
+    Their mean is 0: a common offset adds up over columns, makes all hidden states alike and sends every token to the
+    same experts.
+    """
     if kind == "F32":
         if len(slot.shape) < 2:
             return np.ones(count, np.float32).tobytes()
@@ -87,14 +94,17 @@ def _draw(rng: np.random.Generator, slot: Slot, kind: str, count: int) -> bytes:
     blocks = rng.integers(0, 256, (count // columns, size), np.uint8)
     half = lambda value: np.array([value], np.float16).view(np.uint8)  # noqa: E731
     if kind == "Q4_0":
+        blocks = _WITHOUT_LEAST[blocks]
         blocks[:, :2] = half(_DEVIATION / 4.6)
     elif kind == "Q8_0":
+        blocks[:, 2:][blocks[:, 2:] == 0x80] = 0  # -128
         blocks[:, :2] = half(_DEVIATION / 74)
     elif kind == "Q4_K":
         blocks[:, :2], blocks[:, 2:4] = half(_DEVIATION / 4.6 / 32), half(7.5 * _DEVIATION / 4.6 / 32)
         blocks[:, 4:12], blocks[:, 12:16] = 0xA0, 0
     else:
-        blocks[:, 192:208], blocks[:, 208:] = 64, half(_DEVIATION / 18.5 / 64)
+        blocks[:, 192:208:2], blocks[:, 193:208:2] = 64, 256 - 64  # codes are -32 to 31: signs take the mean away
+        blocks[:, 208:] = half(_DEVIATION / 18.5 / 64)
     return blocks.tobytes()
 
 
@@ -104,14 +114,14 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def _add_vocabulary(writer: GGUFWriter, size: int) -> None:
-    """Byte-level BPE without merges: 256 bytes, then words of their own."""
+    """Byte-level BPE with one merge: 256 bytes, then what it makes, then words of their own."""
     letters = [chr(256 + index) for index in range(256)]
-    tokens = letters + [f"w{index}" for index in range(size - 256)]
+    tokens = [*letters, letters[0] + letters[1], *(f"w{index}" for index in range(size - 257))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.NORMAL] * size)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges([f"{letters[0]} {letters[1]}"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
 
