@@ -1,15 +1,16 @@
-# make demo | test | check | bench | claims | asan | format | help. Each sets up what it needs, from an empty clone on.
+# make demo | test | check | bench | claims | asan | tsan | format | help. Each sets up what it needs, from an empty clone on.
 PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 ASAN := build/asan
+TSAN := build/tsan
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := CMakeLists.txt $(wildcard native/*.cpp native/include/*.hpp)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test check bench claims asan format help setup
+.PHONY: demo test check bench claims asan tsan format help setup
 
 demo: setup
 	$(BIN)/fewfire demo
@@ -41,6 +42,9 @@ claims: setup
 
 asan: setup
 	tools/asan $(BIN) $(ASAN)
+
+tsan: setup
+	tools/asan $(BIN) $(TSAN) thread
 
 setup: $(VENV)/.stamp-extension
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,9 @@ def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
     ids_BT = torch.randint(0, module.config.vocab_size, size, generator=generator)
     source = _source(module, run, seed)
     replay = source.take(run.prompt_tokens)
+    parts = _parts(module, before)
     prefill = _timed(module, lambda: _prefill(module, ids_BT[:1, : run.prompt_tokens], replay))
+    parts += _parts(module, before)
     cache: Any = module.new_cache()
     if run.context:
         module.hidden(ids_BT[:, : run.context], cache)
@@ -221,7 +223,19 @@ def _attempt(module: Module, run: Run, seed: int) -> _Attempt:
     disk = DiskSamples(module)
     disk.take()
     decode = _timed(module, *pieces, after_each=disk.take)
-    return _Attempt(before, _bandwidth(module), prefill, decode, disk.on(probe_part(module, bandwidth=before)))
+    after = _bandwidth(module)
+    return _Attempt(before, after, prefill, decode, disk.on(_between(*parts, bandwidth=(before + after) / 2)))
+
+
+def _parts(module: Module, bandwidth: float) -> list[Part]:
+    """This machine as it is now; nothing where torch runs."""
+    return [probe_part(module, bandwidth=bandwidth)] if isinstance(module, NativeDecoder) else []
+
+
+def _between(first: Part, second: Part, *, bandwidth: float) -> Part:
+    """The machine as it was on average: others' work on it comes and goes within seconds."""
+    assert first.kernels is not None and second.kernels is not None
+    return replace(first, kernels=first.kernels.between(second.kernels), bandwidth_gbs=bandwidth / 1e9)
 
 
 def _bandwidth(module: Module) -> float:

@@ -18,6 +18,7 @@ from fewfire.plan.rates import KernelRates
 READ_BYTES = 512 * 2**20  # far more than any cache holds
 _ROWS, _COLUMNS = 1024, 2048  # of a product whose weight the caches hold
 _PLAIN_ROWS = 128  # the same of formats of 2 and 4 bytes
+_BLOCK = 16  # rows that a thread multiplies at the least
 _FILL = 0x3C  # every byte of the weights: small numbers in all formats, none subnormal
 _UNDISTURBED = 0.0  # of calls of microseconds the fastest: others are those that another process interrupted
 TOKENS = (1, 2, 4, 8, 16, 64)
@@ -87,11 +88,16 @@ def fork_join_s(threads: int, *, seconds: float = 0.01) -> float:
 
 
 def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, seconds: float = 0.02) -> float:
-    """Operations per second of a product with `num_tokens` tokens whose weight is in the caches, fork-join left out."""
-    rows = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS
+    """Operations per second of a product with `num_tokens` tokens whose weight is in the caches.
+
+    What a call costs besides (starting threads, codes of the tokens) is left out: that of a product of a block a thread.
+    """
+    rows, few = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS, _BLOCK * threads
     took = _typical_s(_product(format_name, rows, _COLUMNS, num_tokens, threads), seconds, _UNDISTURBED)
-    net = max(took - fork_join_s(threads, seconds=seconds / 8), took / 4)
-    return 2 * rows * _COLUMNS * num_tokens / net
+    besides = _typical_s(_product(format_name, few, _COLUMNS, num_tokens, threads), seconds / 4, _UNDISTURBED)
+    if few >= rows:
+        return 2 * rows * _COLUMNS * num_tokens / took
+    return 2 * (rows - few) * _COLUMNS * num_tokens / max(took - besides, took / 4)
 
 
 def kernel_rates(

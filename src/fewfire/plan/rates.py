@@ -13,7 +13,7 @@ from typing import Any
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
 OVERLAP = 0.85  # of the shorter of reading and arithmetic that hides behind the longer one
 PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
-ATTENTION_SHARE = 0.60  # of the float32 peak, by scores and values
+ATTENTION_SHARE = 0.30  # of the float32 peak, by scores and values
 ROW_OPS = 450  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
 # norms, codes, rotations, the cache, gathering, activations, weighted sums (3 ns on one core of 150 GFLOP/s)
 FORKS_PER_LAYER = 10  # parts of a layer that wait for all threads
@@ -55,6 +55,20 @@ class KernelRates:
     def rows_s(self, numbers: float) -> float:
         """Seconds of all that is done with rows between products, of so many numbers."""
         return numbers * ROW_OPS / self.float_ops_per_s
+
+    def between(self, other: KernelRates) -> KernelRates:
+        """What work takes that runs half of the time at either's rates, of the same formats and tokens."""
+        mean = lambda one, two: 2 / (1 / one + 1 / two)  # noqa: E731
+        return KernelRates(
+            {
+                name: tuple(
+                    (n, mean(one, two)) for (n, one), (_, two) in zip(points, other.products[name], strict=True)
+                )
+                for name, points in self.products.items()
+            },
+            float_ops_per_s=mean(self.float_ops_per_s, other.float_ops_per_s),
+            fork_join_s=(self.fork_join_s + other.fork_join_s) / 2,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As `from_json` takes it."""
