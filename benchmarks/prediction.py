@@ -127,7 +127,8 @@ def _row(name: str, layers: int, batch: int, budget: int | None, runs: list[dict
         made[f"{part}_ratio"] = statistics.median(run[key] / run[f"predicted_{key}"] for run in runs)
         made[f"{part}_spread"] = _spread([run[key] / run[f"predicted_{key}"] for run in runs])
         if budget is not None:
-            ratios = [run[key] / _at(run, ("predicted_at_hit_rate", key)) for run in runs]
+            known = [_at(run, ("predicted_at_hit_rate", key)) or run[f"predicted_{key}"] for run in runs]
+            ratios = [run[key] / predicted for run, predicted in zip(runs, known, strict=True)]
             made[f"{part}_ratio_at_hit_rate"] = statistics.median(ratios)
             made[f"{part}_hit_rate"] = median("experts", part, "hit_rate")
             made[f"{part}_disk_share"] = median("experts", part, "disk_share")

@@ -90,7 +90,7 @@ def fork_join_s(threads: int, *, seconds: float = 0.01) -> float:
 def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, seconds: float = 0.02) -> float:
     """Operations per second of a product with `num_tokens` tokens whose weight is in the caches.
 
-    What a call costs besides (starting threads, codes of the tokens) is left out: that of a product of a block a thread.
+    What a call costs besides (starting threads, codes of the tokens) is left out: a product of a block a thread.
     """
     rows, few = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS, _BLOCK * threads
     took = _typical_s(_product(format_name, rows, _COLUMNS, num_tokens, threads), seconds, _UNDISTURBED)
