@@ -137,10 +137,14 @@ def flip(path, offset):
         file.write(bytes([byte ^ 16]))
 
 
-def test_a_flipped_bit_is_named(copy):
+@pytest.mark.parametrize("slots", (3, 6))  # in order, through a window; and as they come, `down` last
+@pytest.mark.parametrize("part", (("gate", "codes"), ("down", "codes"), ("down", "scales")))
+def test_a_flipped_bit_is_named(copy, slots, part):
     pack = open_pack(copy)
-    flip(copy / EXPERTS, pack.layout.experts[0].record_offset(2) + 100)
-    decoder = streamed(pack, 3)
+    layer = pack.layout.experts[0]
+    at = next(each.offset for each in layer.parts if (each.name, each.kind) == part)
+    flip(copy / EXPERTS, layer.record_offset(2) + at + 100)
+    decoder = streamed(pack, slots)
     for _ in range(2):  # the model stays usable, and the record stays refused
         with pytest.raises(FormatError, match=r"experts.bin: layers.0.ffn.experts\[2\]: byte \d+: is not what was"):
             decoder(draw_ids(1, 60))
