@@ -43,8 +43,8 @@ claims: setup
 asan: setup
 	tools/asan $(BIN) $(ASAN)
 
-tsan: setup
-	tools/asan $(BIN) $(TSAN) thread
+tsan:
+	tools/tsan $(TSAN)
 
 setup: $(VENV)/.stamp-extension
 
