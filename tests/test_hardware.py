@@ -136,7 +136,7 @@ def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
     assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
     assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5, rel=0.2)
     assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0
-    assert made["measured"].budget_streaming.seconds > measured.decode.seconds
+    assert made["measured"].budget_streaming.seconds >= measured.decode.seconds  # kernels so slow hide all reading
     here.store_profile(profile(kernels=slow))
     document = json.loads(here.profile_path().read_text())
     del document["kernels"]["product_ops_per_s"]["bf16"]
@@ -147,7 +147,8 @@ def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
 
 def test_reads_of_a_layer_hide_behind_its_work():
     assert expected_layer_s(8, 0.0, 1.0, 3.0) == 3.0
-    assert expected_layer_s(8, 1.0, 1.0, 2.0) == pytest.approx(8 + 2 / 8)  # all miss: the disk, then the last one
+    all_miss = expected_layer_s(8, 1.0, 1.0, 2.0)  # the disk, then down of the last one
+    assert all_miss == pytest.approx(8 + 2 / 8 / 3)
     assert 3.0 < expected_layer_s(8, 0.5, 1.0, 3.0) < 8
 
 
