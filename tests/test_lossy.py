@@ -315,15 +315,15 @@ def distinct(decoder, ids):
 def test_a_damaged_record_is_named_though_a_copy_stood_in(folder, tmp_path):
     high, low = both(folder, "olmoe")
     copy = open_pack(shutil.copytree(high.folder, tmp_path / "pack"))
-    for layer in copy.layout.experts:
-        for expert in range(layer.num_experts):
-            with open(copy.folder / EXPERTS, "r+b") as file:
-                file.seek(layer.record_offset(expert) + 9)
-                byte = file.read(1)[0]
-                file.seek(layer.record_offset(expert) + 9)
-                file.write(bytes([byte ^ 1]))
+    layer = copy.layout.experts[0]  # of one layer only: reads race with copies, any layer could be found first
+    for expert in range(layer.num_experts):
+        with open(copy.folder / EXPERTS, "r+b") as file:
+            file.seek(layer.record_offset(expert) + 9)
+            byte = file.read(1)[0]
+            file.seek(layer.record_offset(expert) + 9)
+            file.write(bytes([byte ^ 1]))
     decoder, ids = streamed(copy, 18, Lossy(low_precision=low)), draw_ids(1, 1)
-    with pytest.raises(FormatError, match=r"pack/experts.bin: layers.\d.ffn.experts\[\d\]: byte \d+: is not what was"):
+    with pytest.raises(FormatError, match=r"pack/experts.bin: layers.0.ffn.experts\[\d\]: byte \d+: is not what was"):
         for _ in range(4):
             decoder(ids)
             settle(decoder)
