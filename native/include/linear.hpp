@@ -386,7 +386,7 @@ private:
         const std::int64_t blocks = std::clamp<std::int64_t>(last - block, 0, Ops::kBlocks);
         const std::int64_t bytes = std::min(kPanelGroups, tiles_.groups - group) * kGroupBytes<kFormat>.codes;
         const std::int64_t parts = std::max<std::int64_t>(1, tiles_.tiles * kPanelGroups * kRuns / std::max<std::int64_t>(1, blocks));
-        ahead_ = {.parts = parts, .part_bytes = (bytes / parts + 63) / 64 * 64, .count = blocks * parts};
+        ahead_ = {.parts = parts, .part_bytes = blocks > 0 ? (bytes / parts + 63) / 64 * 64 : 0, .count = blocks * parts};
         for (std::int64_t b = 0; b < blocks; ++b) ahead_.codes[b] = Place(weight_, block + b, group).codes;
     }
 

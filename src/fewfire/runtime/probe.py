@@ -134,19 +134,17 @@ def read_own_bytes_per_s(module: NativeDecoder, *, seconds: float = _SHORT_S) ->
     return read_bytes_per_s(torch.get_num_threads(), seconds=seconds, num_bytes=_SHORT_BYTES, memory=weights)
 
 
-def probe_part(
-    module: NativeDecoder, *, seconds: float = _SHORT_S, disk_seconds: float = 0.0, bandwidth: float | None = None
-) -> Part:
+def probe_part(module: NativeDecoder, *, seconds: float = _SHORT_S, bandwidth: float | None = None) -> Part:
     """This machine as the planner's part, measured for what `module` needs, in about 0.3 s and some MB of memory.
 
-    `bandwidth`: bytes/s of memory where they were measured already. `disk_seconds`: of reading records where experts
-    stream, out of the memory budget; 0, or where that has no room: as fast as was found when the file was opened.
+    `bandwidth`: bytes/s of memory where they were measured already. The disk, where experts stream: as fast as was found
+    when the file was opened (`DiskSamples` measures it beside a run).
     """
     pack, threads = module.pack, torch.get_num_threads()
     formats = {each.format for each in pack.layout.trunk}
     formats |= {matrix.format for layer in pack.layout.experts for matrix in layer.matrices}
     kernels = kernel_rates(threads, formats, seconds=seconds / 30)
-    disk = _records_rate(module, disk_seconds)
+    disk = _records_rate(module)
     return MachineProfile(
         host=platform.node(),
         date=datetime.date.today().isoformat(),
@@ -192,8 +190,9 @@ def pieces_of(count: int, *, most: int = 8) -> list[tuple[int, int]]:
     return [(count * piece // number, count * (piece + 1) // number) for piece in range(number)]
 
 
-def _records_rate(module: NativeDecoder, seconds: float) -> float | None:
-    """Bytes/s of records from random places, None where experts do not stream. `seconds` as for `probe_part`."""
+def _records_rate(module: NativeDecoder, seconds: float = 0.0) -> float | None:
+    """Bytes/s of records from random places in so many `seconds`, out of the memory budget; None where experts do not
+    stream. 0, or where there is no room: as fast as was found when the file was opened."""
     if not isinstance(module.experts, StreamedExperts):
         return None
     access = module.experts.access
