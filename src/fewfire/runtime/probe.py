@@ -137,8 +137,8 @@ def read_own_bytes_per_s(module: NativeDecoder, *, seconds: float = _SHORT_S) ->
 def probe_part(module: NativeDecoder, *, seconds: float = _SHORT_S, bandwidth: float | None = None) -> Part:
     """This machine as the planner's part, measured for what `module` needs, in about 0.3 s and some MB of memory.
 
-    `bandwidth`: bytes/s of memory where they were measured already. The disk, where experts stream: as fast as was found
-    when the file was opened (`DiskSamples` measures it beside a run).
+    `bandwidth`: bytes/s of memory where they were measured already. The disk, where experts stream: as fast as was
+    found when the file was opened (`DiskSamples` measures it beside a run).
     """
     pack, threads = module.pack, torch.get_num_threads()
     formats = {each.format for each in pack.layout.trunk}
