@@ -131,20 +131,23 @@ struct Avx2Ops {
         };
         return {half(x.low), half(x.high)};
     }
-    static Int stretch_by(const Int& step) {
+    struct Stretch {
+        Int factor, added;  // 16 bits each
+    };
+    static Stretch stretch_by(const Int& step) {
         const auto half = [](__m256i steps) {
             return _mm256_or_si256(_mm256_slli_epi32(steps, 16), _mm256_and_si256(steps, _mm256_set1_epi32(0xffff)));
         };
-        return {half(step.low), half(step.high)};
-    }
-    static Bytes stretch(const Bytes& x, const Int& both) {
-        const auto half = [](__m256i bytes, __m256i steps) {
-            const __m256i odd_bytes = _mm256_set1_epi16(static_cast<short>(0xff00));
-            const __m256i even = _mm256_mullo_epi16(bytes, steps);
-            const __m256i odd = _mm256_mullo_epi16(_mm256_and_si256(bytes, odd_bytes), steps);
-            return _mm256_xor_si256(_mm256_blendv_epi8(even, odd, odd_bytes), _mm256_set1_epi8(static_cast<char>(0x80)));
+        const auto added = [](__m256i factor) {
+            const __m256i too_much = _mm256_mullo_epi16(factor, _mm256_set1_epi16(kQ4Offset * 257));
+            return _mm256_sub_epi16(_mm256_set1_epi16(static_cast<short>(kByteOffset * 257)), too_much);
         };
-        return {half(x.low, both.low), half(x.high, both.high)};
+        const Int factor{half(step.low), half(step.high)};
+        return {factor, {added(factor.low), added(factor.high)}};
+    }
+    static Bytes stretch(const Bytes& x, const Stretch& by) {
+        return {_mm256_add_epi16(_mm256_mullo_epi16(x.low, by.factor.low), by.added.low),
+                _mm256_add_epi16(_mm256_mullo_epi16(x.high, by.factor.high), by.added.high)};
     }
     // Sums of pairs have 16 bits, so the factor without sign must stay small: the weight's own magnitude, at most 127,
     // with its sign given to the activation. Nothing is 128 too large then.

@@ -83,14 +83,16 @@ struct Avx512Ops {
         const __m512i moved = quad < 2 ? _mm512_slli_epi16(x, quad == 0 ? 4 : 2) : _mm512_srli_epi16(x, quad == 2 ? 0 : 2);
         return _mm512_and_si512(moved, _mm512_set1_epi8(0x30));
     }
-    static Int stretch_by(Int step) {
-        return _mm512_or_si512(_mm512_slli_epi32(step, 16), _mm512_and_si512(step, _mm512_set1_epi32(0xffff)));
+    struct Stretch {
+        Int factor, added;  // 16 bits each
+    };
+    static Stretch stretch_by(Int step) {
+        const __m512i factor = _mm512_or_si512(_mm512_slli_epi32(step, 16), _mm512_and_si512(step, _mm512_set1_epi32(0xffff)));
+        const __m512i too_much = _mm512_mullo_epi16(factor, _mm512_set1_epi16(kQ4Offset * 257));
+        return {factor, _mm512_sub_epi16(_mm512_set1_epi16(static_cast<short>(kByteOffset * 257)), too_much)};
     }
-    static Bytes stretch(Bytes x, Int both) {
-        const __m512i even = _mm512_mullo_epi16(x, both);
-        const __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(x, _mm512_set1_epi16(static_cast<short>(0xff00))), both);
-        const __m512i product = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, even, odd);
-        return _mm512_xor_si512(product, _mm512_set1_epi8(static_cast<char>(0x80)));
+    static Bytes stretch(Bytes x, const Stretch& by) {
+        return _mm512_add_epi16(_mm512_mullo_epi16(x, by.factor), by.added);
     }
     // The panel's groups times those of a tile, see multiply_tile.
     template <int kTokens, int kRuns>

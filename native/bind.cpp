@@ -139,7 +139,7 @@ void quantize_rows(std::uintptr_t values, std::int64_t rows, std::int64_t column
     std::vector<std::uint8_t> room(static_cast<std::size_t>(fewfire::token_bytes(groups)));
     for (std::int64_t r = 0; r < rows; ++r) {
         const fewfire::Tiles tile(room.data(), 1, groups, 1);
-        table().quantized.quantize(pointer<const float>(values) + r * columns, columns, columns, tile, 0, 1);
+        table().quantized.quantize(pointer<const float>(values) + r * columns, columns, columns, tile, {0, 1, 0, groups});
         const std::uint8_t* from = room.data();
         std::memcpy(pointer<std::int8_t>(codes) + r * groups * fewfire::kGroup, from, static_cast<std::size_t>(groups * fewfire::kGroup));
         from += groups * fewfire::kGroup;

@@ -14,6 +14,10 @@ constexpr std::int64_t kBatchSlots = 1024;  // hidden rows that are made before 
 constexpr std::int64_t kLooseSlots = 512;   // up to here every slot's output is kept, and experts may come in any order
 constexpr std::int64_t kDenseSlots = 6;     // slots an expert from which nearly all experts are wanted
 
+// Groups of columns of so many tokens that are made and used before the next ones: their floats stay in the processor's
+// second cache beside the weights that pass by.
+std::int64_t cached_groups(std::int64_t tokens) { return std::max<std::int64_t>(1, 64 / tokens); }
+
 // Numbers [first, first + count) of a vector of a record as float32, in `room` unless they lie so already.
 const float* read_vector(const RecordVector& vector, const std::uint8_t* record, std::int64_t first, std::int64_t count,
                          float* room) {
@@ -39,6 +43,16 @@ struct ExpertRun::Segment {
     const ExpertLayout* layout;
     const std::uint8_t* record;
     std::int64_t first, count;
+};
+
+// What a worker has for hidden columns: the segment's tokens as one product's, and room for gates, values and biases,
+// rows `stride` apart.
+struct ExpertRun::HiddenRoom {
+    Activations tokens;
+    float* floats;
+    std::int64_t stride;
+    int worker;
+    std::size_t extra;
 };
 
 struct ExpertRun::Given {
@@ -186,48 +200,57 @@ Rows ExpertRun::hidden_rows(const Segment& segment, std::int64_t base) {
 }
 
 void ExpertRun::make_hidden(const std::vector<Segment>& segments, std::int64_t base) {
-    const std::int64_t blocks = (layout_.up.rows + kRows - 1) / kRows, runs = (blocks + kMostBlocks - 1) / kMostBlocks;
+    const std::int64_t groups = groups_of(layout_.up.rows);
     const std::int64_t threads = threads_ <= 0 ? Pool::shared().size() : threads_;
     const auto count = static_cast<std::int64_t>(segments.size());
-    const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, runs);
+    const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, groups);
     hidden_rows(segments.front(), base);  // room for all, before threads ask for theirs
     Pool::shared().run(threads_, count * pieces, 1, [&](std::int64_t item, std::int64_t, int worker) {
         const std::int64_t piece = item % pieces;
-        const std::int64_t begin = kMostBlocks * (runs * piece / pieces);
-        const std::int64_t end = std::min(blocks, kMostBlocks * (runs * (piece + 1) / pieces));
         const Segment& segment = segments[static_cast<std::size_t>(item / pieces)];
-        hidden_piece(segment, hidden_rows(segment, base), begin, end, worker);
-    });
-    Pool::shared().run(threads_, count, 1, [&](std::int64_t item, std::int64_t, int) {
-        const Rows rows = hidden_rows(segments[static_cast<std::size_t>(item)], base);
-        quantize_tiles(rows, 0, rows.tiles.tiles);
+        hidden_piece(segment, hidden_rows(segment, base), groups * piece / pieces, groups * (piece + 1) / pieces, worker);
     });
 }
 
-// act(gate) * up of some rows of one expert.
+// Groups [begin, end) of the hidden columns of one expert, for some of its tokens.
 void ExpertRun::hidden_piece(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker) {
-    const std::int64_t first = begin * kRows, rows = std::min(end * kRows, layout_.up.rows) - first;
-    const std::int64_t stride = row_stride(rows), groups = acts_.tiles.groups;
-    const std::int64_t floats = (segment.count + 2) * stride * 4;  // gates and two biases; stride is a multiple of 16
+    const std::int64_t some = std::min(cached_groups(segment.count), end - begin), stride = row_stride(some * kGroup);
+    const std::int64_t groups = acts_.tiles.groups, floats = 2 * (segment.count + 1) * stride * 4;  // with two biases
     const auto extra = static_cast<std::size_t>(floats + (segment.count * token_bytes(groups) + 63) / 64 * 64);
     std::uint8_t* scratch = worker_scratch(worker, extra, acts_.columns, segment.count);
-    auto* gates = reinterpret_cast<float*>(scratch);
     Activations tokens = acts_;
     tokens.rows = room_.tokens.data() + segment.first;
     tokens.tiles = QuantizedRows::make_tiles(scratch + floats, segment.count, groups);
+    if (!is_plain(segment.layout->up.format) || !is_plain(segment.layout->gate.format)) {
+        table().quantized.gather(acts_.tiles, tokens.rows, tokens.tiles);
+    }
+    const HiddenRoom room{tokens, reinterpret_cast<float*>(scratch), stride, worker, extra};
+    for (; begin < end; begin += some) hidden_groups(segment, hidden, begin, std::min(begin + some, end), room);
+}
+
+// act(gate) * up, and its codes; as it is where `down` is plain.
+void ExpertRun::hidden_groups(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end,
+                              const HiddenRoom& room) {
     const Matrix gate = ExpertLayout::matrix(segment.layout->gate, segment.record);
     const Matrix up = ExpertLayout::matrix(segment.layout->up, segment.record);
-    if (!up.is_plain() || (gate && !gate.is_plain())) table().quantized.gather(acts_.tiles, tokens.rows, tokens.tiles);
-    multiply(up, begin, end, tokens, hidden.values, hidden.stride, worker, extra);
-    if (gate) multiply(gate, begin, end, tokens, gates - first, stride, worker, extra);
+    const std::int64_t first = begin * kGroup, rows = std::min(end * kGroup, up.rows) - first;
+    const std::int64_t first_block = first / kRows, last_block = (first + rows + kRows - 1) / kRows;
+    const bool keeps_values = is_plain(segment.layout->down.format);
+    float* gates = room.floats;
+    float* made = keeps_values ? hidden.values + first : gates + segment.count * room.stride;
+    float* biases = gates + 2 * segment.count * room.stride;
+    const std::int64_t stride = keeps_values ? hidden.stride : room.stride;
+    multiply(up, first_block, last_block, room.tokens, made - first, stride, room.worker, room.extra);
+    if (gate) multiply(gate, first_block, last_block, room.tokens, gates - first, room.stride, room.worker, room.extra);
     Gating gating{layout_.activation, layout_.alpha, layout_.limit};
-    gating.gate_bias = read_vector(segment.layout->gate_bias, segment.record, first, rows, gates + segment.count * stride);
-    gating.up_bias = read_vector(segment.layout->up_bias, segment.record, first, rows, gates + (segment.count + 1) * stride);
+    gating.gate_bias = read_vector(segment.layout->gate_bias, segment.record, first, rows, biases);
+    gating.up_bias = read_vector(segment.layout->up_bias, segment.record, first, rows, biases + room.stride);
     for (std::int64_t t = 0; t < segment.count; ++t) {
         if (to_.is_input_weighted) gating.weight = slot_weight(segment.first + t);
-        float* made = hidden.row(t) + first;
-        table().quantized.activate(gating, gate ? gates + t * stride : nullptr, made, rows, made);
+        float* row = made + t * stride;
+        table().quantized.activate(gating, gate ? gates + t * room.stride : nullptr, row, rows, row);
     }
+    if (!keeps_values) table().quantized.quantize(made, stride, rows, hidden.tiles, {0, hidden.tiles.tiles, begin, end});
 }
 
 // sums += the weighted outputs of segments that follow one another. Parts are runs of output rows.
@@ -235,20 +258,26 @@ void ExpertRun::add_outputs(const std::vector<Segment>& segments, std::int64_t b
     const std::int64_t blocks = (width() + kRows - 1) / kRows;
     const std::int64_t slots = segments.back().first + segments.back().count - base;
     Pool::shared().run(threads_, blocks, block_grain(blocks, threads_, slots), [&](std::int64_t begin, std::int64_t end, int worker) {
-        const std::int64_t first = begin * kRows, rows = std::min(end * kRows, width()) - first, stride = row_stride(rows);
         for (const Segment& segment : segments) {
-            const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4);
-            auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, layout_.up.rows, segment.count));
-            multiply(ExpertLayout::matrix(segment.layout->down, segment.record), begin, end, hidden_rows(segment, base), out - first,
-                     stride, worker, extra);
-            const float* bias = read_vector(segment.layout->down_bias, segment.record, first, rows, out + segment.count * stride);
-            for (std::int64_t t = 0; t < segment.count; ++t) {
-                const std::int64_t slot = segment.first + t;
-                float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;
-                table().quantized.add_weighted(sum, out + t * stride, bias, output_weight(slot), rows);
+            const std::int64_t some = kGroup / kRows * cached_groups(segment.count);
+            for (std::int64_t at = begin; at < end; at += some) {
+                add_output_rows(segment, hidden_rows(segment, base), at, std::min(at + some, end), worker);
             }
         }
     });
+}
+
+void ExpertRun::add_output_rows(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker) {
+    const std::int64_t first = begin * kRows, rows = std::min(end * kRows, width()) - first, stride = row_stride(rows);
+    const auto extra = static_cast<std::size_t>((segment.count + 1) * stride * 4);
+    auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, layout_.up.rows, segment.count));
+    multiply(ExpertLayout::matrix(segment.layout->down, segment.record), begin, end, hidden, out - first, stride, worker, extra);
+    const float* bias = read_vector(segment.layout->down_bias, segment.record, first, rows, out + segment.count * stride);
+    for (std::int64_t t = 0; t < segment.count; ++t) {
+        const std::int64_t slot = segment.first + t;
+        float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;
+        table().quantized.add_weighted(sum, out + t * stride, bias, output_weight(slot), rows);
+    }
 }
 
 ResidentExperts::ResidentExperts(const std::uint8_t* memory, std::vector<RecordLayer> layers,

@@ -9,7 +9,7 @@ Tiles QuantizedRows::make_tiles(std::uint8_t* memory, std::int64_t count, std::i
 }
 
 void quantize_tiles(const Rows& rows, std::int64_t first, std::int64_t last) {
-    table().quantized.quantize(rows.values, rows.stride, rows.columns, rows.tiles, first, last);
+    table().quantized.quantize(rows.values, rows.stride, rows.columns, rows.tiles, {first, last, 0, rows.tiles.groups});
 }
 
 void multiply(const Matrix& weight, std::int64_t begin, std::int64_t end, const Activations& acts, float* out,

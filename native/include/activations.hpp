@@ -93,17 +93,16 @@ inline void set_sums(const Tile& tile, std::int64_t n, std::int64_t g, std::int6
 }
 
 template <class Ops>
-void quantize(const float* values, std::int64_t stride, std::int64_t columns, const Tiles& tiles, std::int64_t first,
-                     std::int64_t last) {
-    for (std::int64_t i = first; i < last; ++i) {
+void quantize(const float* values, std::int64_t stride, std::int64_t columns, const Tiles& tiles, const TilePart& part) {
+    for (std::int64_t i = part.first; i < part.last; ++i) {
         const Tile tile(tiles, i);
         const std::int64_t n = tiles.size(i), begin = tiles.begin(i);
         for (std::int64_t t = 0; t < n; ++t) {
             const float* row = values + (begin + t) * stride;
-            for (std::int64_t g = 0; g < tiles.groups; ++g) {
+            for (std::int64_t g = part.first_group; g < part.last_group; ++g) {
                 std::int32_t sums[8];
-                const std::int64_t count = std::min(kGroup, columns - g * kGroup);
-                tile.scales[g * n + t] = quantize_group<Ops>(row + g * kGroup, count, tile.codes + (g * n + t) * kGroup, sums);
+                const std::int64_t at = (g - part.first_group) * kGroup, count = std::min(kGroup, columns - at);
+                tile.scales[g * n + t] = quantize_group<Ops>(row + at, count, tile.codes + (g * n + t) * kGroup, sums);
                 set_sums(tile, n, g, t, sums);
             }
         }

@@ -138,6 +138,7 @@ public:
 private:
     struct Segment;
     struct Given;
+    struct HiddenRoom;
     Demand demand() const;
     const ExpertLayout* layout_of(const Record& record) const { return record.is_low ? low_ : &layout_; }
     std::int64_t width() const { return layout_.down.rows; }
@@ -152,7 +153,9 @@ private:
     void add_kept();
     void make_hidden(const std::vector<Segment>& segments, std::int64_t base);
     void hidden_piece(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker);
+    void hidden_groups(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, const HiddenRoom& room);
     void add_outputs(const std::vector<Segment>& segments, std::int64_t base);
+    void add_output_rows(const Segment& segment, const Rows& hidden, std::int64_t begin, std::int64_t end, int worker);
 
     const ExpertLayout& layout_;
     const ExpertLayout* low_;

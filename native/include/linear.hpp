@@ -250,7 +250,7 @@ void unpack_bytes(const Matrix& weight, std::int64_t block, std::int64_t first, 
             unroll<8>([&](auto s) {
                 const auto step = Ops::stretch_by(Ops::template signed_nibble<s()>(steps));
                 unroll<2>([&](auto half) {
-                    const Pair<Ops> pair = look_up_line<Ops>(place.codes, 2 * s + half, kQ4Book, 0);
+                    const Pair<Ops> pair = look_up_line<Ops>(place.codes, 2 * s + half, kQ4Book, kQ4Offset);
                     Ops::store_bytes(to, Ops::stretch(pair[0], step));
                     Ops::store_bytes(to + 64, Ops::stretch(pair[1], step));
                     to += 128;
@@ -334,7 +334,6 @@ public:
         const std::int64_t panel = kMostBlocks * kPanelGroups * kGroup * kRows;
         const std::int64_t scales = kPanelGroups * kRuns * kMostBlocks * kRows;
         bytes_ = scratch;
-        std::memset(bytes_, 0, static_cast<std::size_t>(panel + scales * 4));
         scales_ = reinterpret_cast<float*>(scratch + panel);
         minima_ = scales_ + scales;
         totals_ = minima_ + (kGroupBytes<kFormat>.has_minimum ? scales : 0);
@@ -347,6 +346,10 @@ public:
     }
 
     void run(std::int64_t first, std::int64_t last) {
+        if ((last - first) % Ops::kBlocks != 0) {  // what is not there must be numbers
+            std::memset(bytes_, 0, kMostBlocks * kPanelGap);
+            std::memset(scales_, 0, kPanelGroups * kRuns * kMostBlocks * kRows * 4);
+        }
         for (std::int64_t block = first; block < last;) {
             const int blocks = static_cast<int>(std::min<std::int64_t>(Ops::kBlocks, last - block));
             const std::int64_t numbers = tiles_.count * kMostBlocks * kRows * (kGroupBytes<kFormat>.has_minimum ? 2 : 1);
@@ -384,10 +387,15 @@ private:
     void look_ahead(std::int64_t block, std::int64_t group, std::int64_t last) {
         if (group >= tiles_.groups) block += Ops::kBlocks, group = 0;
         const std::int64_t blocks = std::clamp<std::int64_t>(last - block, 0, Ops::kBlocks);
-        const std::int64_t bytes = std::min(kPanelGroups, tiles_.groups - group) * kGroupBytes<kFormat>.codes;
+        const std::int64_t some = std::min(kPanelGroups, tiles_.groups - group);
+        const std::int64_t bytes = some * kGroupBytes<kFormat>.codes, scale_bytes = some * kGroupBytes<kFormat>.scales / kGroupBytes<kFormat>.scale_groups;
         const std::int64_t parts = std::max<std::int64_t>(1, tiles_.tiles * kPanelGroups * kRuns / std::max<std::int64_t>(1, blocks));
         ahead_ = {.parts = parts, .part_bytes = blocks > 0 ? (bytes / parts + 63) / 64 * 64 : 0, .count = blocks * parts};
-        for (std::int64_t b = 0; b < blocks; ++b) ahead_.codes[b] = Place(weight_, block + b, group).codes;
+        for (std::int64_t b = 0; b < blocks; ++b) {
+            const Place place(weight_, block + b, group);
+            ahead_.codes[b] = place.codes;
+            for (std::int64_t at = 0; at < scale_bytes; at += 64) Ops::prefetch(place.scales + at);
+        }
     }
 
     void put_totals(std::int64_t block, int blocks) {
@@ -497,18 +505,23 @@ void linear_plain(const Matrix& weight, std::int64_t first, std::int64_t last, c
     const auto* rows = reinterpret_cast<const Element*>(weight.codes);
     const std::int64_t count = acts.count();
     const auto token = [&](std::int64_t i) { return acts.values + (acts.rows == nullptr ? i : acts.rows[i]) * acts.stride; };
-    for (std::int64_t r = first * kRows; r < std::min(last * kRows, weight.rows); ++r) {
-        const Element* row = rows + r * weight.columns;
+    // A block's rows pass by a few tokens, which stay in the processor's cache.
+    for (std::int64_t block = first; block < last; ++block) {
+        const std::int64_t begin = block * kRows, end = std::min(begin + kRows, weight.rows);
         std::int64_t i = 0;
         for (; i + 4 <= count; i += 4) {
             const float* four[4] = {token(i), token(i + 1), token(i + 2), token(i + 3)};
-            float sums[4];
-            multiply_plain<Ops, Element, 4>(row, weight.columns, four, sums);
-            for (int t = 0; t < 4; ++t) out[(i + t) * out_stride + r] = sums[t];
+            for (std::int64_t r = begin; r < end; ++r) {
+                float sums[4];
+                multiply_plain<Ops, Element, 4>(rows + r * weight.columns, weight.columns, four, sums);
+                for (int t = 0; t < 4; ++t) out[(i + t) * out_stride + r] = sums[t];
+            }
         }
         for (; i < count; ++i) {
             const float* one[1] = {token(i)};
-            multiply_plain<Ops, Element, 1>(row, weight.columns, one, out + i * out_stride + r);
+            for (std::int64_t r = begin; r < end; ++r) {
+                multiply_plain<Ops, Element, 1>(rows + r * weight.columns, weight.columns, one, out + i * out_stride + r);
+            }
         }
     }
 }

@@ -15,6 +15,8 @@ constexpr std::int64_t kRows = 16;    // rows of a tile: the lanes of a result
 constexpr std::int64_t kGroup = 128;  // columns of a tile: what shares an activation's scale
 enum class WeightFormat : std::int32_t { kF32, kBf16, kQ8, kQ4, kMxfp4, kQ4_0, kQ4_1, kQ8_0, kQ4K, kQ6K };
 
+constexpr bool is_plain(WeightFormat format) { return format == WeightFormat::kF32 || format == WeightFormat::kBf16; }
+
 // One matrix (rows, columns) as a pack holds it. Rows of f32 and bf16 follow one another; scales is null for them.
 struct Matrix {
     const std::uint8_t* codes = nullptr;
@@ -24,7 +26,7 @@ struct Matrix {
 
     std::int64_t blocks() const { return (rows + kRows - 1) / kRows; }
     std::int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
-    bool is_plain() const { return format == WeightFormat::kF32 || format == WeightFormat::kBf16; }
+    bool is_plain() const { return fewfire::is_plain(format); }
     explicit operator bool() const { return codes != nullptr; }
 };
 
@@ -48,6 +50,11 @@ struct Tiles {
         const std::int64_t in_larger = larger * (small + 1);
         return token < in_larger ? token / (small + 1) : larger + (token - in_larger) / small;
     }
+};
+
+// Tiles [first, last), and of each token the groups [first_group, last_group).
+struct TilePart {
+    std::int64_t first, last, first_group, last_group;
 };
 
 // The tokens of a product: values for plain weights, row i being row rows[i] (null: i) of those `stride` apart; tiles for
@@ -142,10 +149,9 @@ struct AttentionJob {
 struct QuantizedTable {
     std::int64_t tile_tokens;  // the most tokens of a tile
 
-    // Tiles [first, last) of rows of values, `columns` of each. A group of 128 whose largest magnitude is not finite gets a
-    // NaN scale; one of zeros gets zeros.
-    void (*quantize)(const float* values, std::int64_t stride, std::int64_t columns, const Tiles& tiles, std::int64_t first,
-                     std::int64_t last);
+    // Part of the tiles of rows of values, of which each has `columns` from the part's first on, where `values` points. A
+    // group of 128 whose largest magnitude is not finite gets a NaN scale; one of zeros gets zeros.
+    void (*quantize)(const float* values, std::int64_t stride, std::int64_t columns, const Tiles& tiles, const TilePart& part);
 
     // `to`, tokens[i] of `from` being its token i.
     void (*gather)(const Tiles& from, const std::int32_t* tokens, const Tiles& to);
