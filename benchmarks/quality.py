@@ -3,7 +3,8 @@ float32 forward of the very weights they hold.
 
 python benchmarks/quality.py TEXT MODEL [MODEL ...] [--positions 10000] [--context 512]
 
-The first MODEL is what the others are compared with: a checkpoint in hub layout, a pack or a GGUF file. For packs that
+The first MODEL is what the others are compared with: a checkpoint in hub layout, a pack or a GGUF file. All read the
+token ids of its tokenizer. For packs that
 run natively: the share of positions with the same most likely token, KL, and the median relative L2 error of logits,
 with the native engine's own routing and with the float32 forward's routing replayed.
 
@@ -63,11 +64,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     options = parser.parse_args()
     print(describe())
-    text, first = options.text.read_text(encoding="utf-8"), None
+    windows, first = [], None
     for path in options.models:
         model: Any = fewfire.load(path)
-        assert model.tokenizer is not None
-        windows = list(cut(model.tokenizer, text, options.positions, options.context))
+        if not windows:
+            assert model.tokenizer is not None
+            text = options.text.read_text(encoding="utf-8")
+            windows = list(cut(model.tokenizer, text, options.positions, options.context))
         nats = mean_nats(model.module, windows)
         first = nats if first is None else first
         perplexity, change = torch.tensor(nats).exp().item(), 100 * torch.tensor(nats - first).expm1().item()

@@ -103,6 +103,7 @@ def test_what_the_planner_calls_the_floor_is_what_is_refused_below(wide, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_hundred_budgets(wide):
     expected = {}
     for number in range(100):
