@@ -132,9 +132,9 @@ fewfire::Matrix matrix(int format, std::uintptr_t codes, std::uintptr_t scales, 
 }
 
 // Row after row: codes (rows, groups * 128), scales (rows, groups) and, of each row, the sums of each 128 codes, each 32,
-// each 16 (rows, groups * 13).
+// each 16 (rows, groups * 13); `high` (rows, groups * 128), of zeros, gets the high parts of wide codes.
 void quantize_rows(std::uintptr_t values, std::int64_t rows, std::int64_t columns, std::uintptr_t codes,
-                   std::uintptr_t scales, std::uintptr_t sums) {
+                   std::uintptr_t high, std::uintptr_t scales, std::uintptr_t sums) {
     const std::int64_t groups = fewfire::groups_of(columns);
     std::vector<std::uint8_t> room(static_cast<std::size_t>(fewfire::token_bytes(groups)));
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -145,6 +145,12 @@ void quantize_rows(std::uintptr_t values, std::int64_t rows, std::int64_t column
         from += groups * fewfire::kGroup;
         std::memcpy(pointer<float>(scales) + r * groups, from, static_cast<std::size_t>(groups * 4));
         std::memcpy(pointer<std::int32_t>(sums) + r * groups * 13, from + groups * 4, static_cast<std::size_t>(groups * 13 * 4));
+        from += groups * 14 * 4;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            std::int32_t quad;
+            std::memcpy(&quad, from + (groups + g) * 4, 4);
+            std::memcpy(pointer<std::int8_t>(high) + (r * groups + g) * fewfire::kGroup + 4 * quad, from + g * 4, 4);
+        }
     }
 }
 

@@ -35,12 +35,42 @@ def test_activations_are_quantized_as_the_reference_does(isa, columns):
     x[2] *= 1e-33
     x[3] *= 1e30
     x[4, columns // 2] = 127 * x[4].abs().max()
-    codes, scales, sums = kernels.quantize_activations(x)
-    expected, expected_scales = reference.quantize_activations(x)
-    assert torch.equal(codes, expected.flatten(1)) and torch.equal(scales, expected_scales)
-    groups = scales.shape[1]
+    made, sums = kernels.quantize_activations(x)
+    for ours, expected in zip(made, reference.quantize_activations(x), strict=True):
+        assert torch.equal(ours, expected)
+    groups = made.scales_TG.shape[1]
     for part, run in zip(sums.split((groups, 4 * groups, 8 * groups), dim=1), (128, 32, 16), strict=True):
-        assert torch.equal(part, codes.int().unflatten(1, (-1, run)).sum(dim=-1, dtype=torch.int32))
+        assert torch.equal(part, made.codes_TGk.flatten(1).int().unflatten(1, (-1, run)).sum(dim=-1, dtype=torch.int32))
+
+
+def draw_outliers(tokens, columns, seed=0):
+    """Numbers of which a few exceed the others by any factor, alone or in company."""
+    x, rng = draw(tokens, columns, seed=seed), torch.Generator().manual_seed(seed)
+    factors = torch.tensor((2.0, 10.0, 200.0, 1e4, 1e-3))[torch.randint(0, 5, x.shape, generator=rng)]
+    return torch.where(torch.rand(x.shape, generator=rng) < 0.02, x * factors, x)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 130, 1000])
+def test_outliers_have_codes_of_fifteen_bits(isa, columns):
+    x = draw_outliers(9, columns)
+    x[0, 0], x[1, columns // 2], x[2, -1] = -400, 1e9, 3
+    made, _ = kernels.quantize_activations(x)
+    expected = reference.quantize_activations(x)
+    assert all(torch.equal(*pair) for pair in zip(made, expected, strict=True))
+    assert bool(made.high_TGk.any()) and int(made.high_TGk.int().abs().max()) <= 126
+    integers = made.codes_TGk.int() + 128 * made.high_TGk.int()
+    values = (integers * made.scales_TG[..., None]).flatten(1)[:, :columns]
+    steps = made.scales_TG.repeat_interleave(128, dim=1)[:, :columns]
+    assert bool(((values - x).abs() <= 0.51 * steps).all()), "half a step at most, outliers too"
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 3, 7, 20])
+def test_products_of_outliers_are_the_reference_bit_for_bit(isa, name, tokens):
+    for rows, columns in ((1, 1), (17, 130), (81, 700), (70, 2000)):
+        weight, x = formats.encode(draw(rows, columns, seed=rows), name), draw_outliers(tokens, columns, seed=tokens)
+        ours = kernels.linear(x, weight, name, (rows, columns))
+        assert torch.equal(ours, reference.linear(x, weight, name, (rows, columns))), (rows, columns)
 
 
 def test_what_is_no_number_stays_none(isa):

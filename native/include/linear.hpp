@@ -13,6 +13,7 @@
 #include "activations.hpp"
 #include "quantized.hpp"
 #include "weights.hpp"
+#include "wide.hpp"
 
 namespace fewfire {
 namespace {
@@ -46,12 +47,6 @@ void for_format(WeightFormat format, const Body& body) {
     offer(std::integer_sequence<Format, Format::kQ8, Format::kQ4, Format::kMxfp4, Format::kQ4_0, Format::kQ4_1, Format::kQ8_0,
                                 Format::kQ4K, Format::kQ6K>{});
 }
-
-// Where the products of a block's 16 rows with tokens go: token t's begin at first + t * stride; `rows` of them exist.
-struct Target {
-    float* first;
-    std::int64_t stride, rows;
-};
 
 template <class Ops>
 void put(const Target& target, std::int64_t t, typename Ops::Float x) {
@@ -189,6 +184,7 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
     auto* starts = reinterpret_cast<std::int32_t*>(scratch);
     auto* floats = reinterpret_cast<float*>(starts + (groups * kRuns * n + 15) / 16 * 16);
     const BlockScales room{floats, floats + (kGroupBytes<kFormat>.has_minimum ? scales : 0)};
+    const WideProduct<Ops, kFormat> wide(weight, acts.tiles, reinterpret_cast<std::uint8_t*>(room.minima + scales));
     if constexpr (kIsQ4) {
         make_starts(tile, 8, groups * 8 * n, kQ4Offset, starts);
     } else {
@@ -207,6 +203,7 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
                 multiply_direct<Ops, kFormat, tokens()>(weight, block, tile, starts, room, target);
             }
         });
+        wide.add(block, target);
     }
 }
 
@@ -330,7 +327,8 @@ template <class Ops, WeightFormat kFormat>
 class PanelProduct {
 public:
     PanelProduct(const Matrix& weight, const Tiles& tiles, float* out, std::int64_t out_stride, std::uint8_t* scratch)
-        : weight_(weight), tiles_(tiles), out_(out), out_stride_(out_stride) {
+        : weight_(weight), tiles_(tiles), out_(out), out_stride_(out_stride), wide_(weight, tiles, scratch) {
+        scratch += (wide_bytes(tiles.groups, tiles.count) + 63) / 64 * 64;
         const std::int64_t panel = kMostBlocks * kPanelGroups * kGroup * kRows;
         const std::int64_t scales = kPanelGroups * kRuns * kMostBlocks * kRows;
         bytes_ = scratch;
@@ -361,6 +359,10 @@ public:
                 add_groups(panel, blocks, g, some);
             }
             put_totals(block, blocks);
+            for (int b = 0; b < blocks; ++b) {
+                const std::int64_t row = (block + b) * kRows;
+                wide_.add(block + b, {out_ + row, out_stride_, std::min(kRows, weight_.rows - row)});
+            }
             block += blocks;
         }
     }
@@ -444,6 +446,7 @@ private:
     const Tiles& tiles_;
     float* out_;
     std::int64_t out_stride_;
+    WideProduct<Ops, kFormat> wide_;
     std::uint8_t* bytes_;
     float *scales_, *minima_, *totals_, *below_;
     std::int32_t* starts_;

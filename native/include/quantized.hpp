@@ -1,8 +1,9 @@
 // Products with quantized weights and what a layer does beside them: the contracts. How bytes lie: docs/formats.md; the
 // plain definition: fewfire.formats and fewfire.kernels.reference.
 //
-// Activations are int8 with one float32 scale for each token and 128 columns. Sums are exact in int32 within what shares
-// a weight scale; those are scaled and added in rising order of columns, each by one multiplication and one addition.
+// Activations are int8 with one float32 scale for each token and 128 columns; four columns that exceed the others by far
+// have 15 bits (wide.hpp). Sums are exact in int32 within what shares a weight scale; those are scaled and added in rising
+// order of columns, each by one multiplication and one addition. What high parts add is added up apart and comes last.
 // So a result depends on its token and its row alone: not on what else is in the batch, the tiling, the threads, or the
 // instruction set.
 #pragma once
@@ -30,8 +31,8 @@ struct Matrix {
     explicit operator bool() const { return codes != nullptr; }
 };
 
-// Bytes that one token's codes, scales and sums take (the sums of each group's 128 codes, of each 32, of each 16).
-constexpr std::int64_t token_bytes(std::int64_t groups) { return groups * (kGroup + 4 + 13 * 4); }
+// Bytes that one token's codes, scales, sums (of each group's 128 codes, of each 32, of each 16) and wide quads take.
+constexpr std::int64_t token_bytes(std::int64_t groups) { return groups * (kGroup + 4 + 13 * 4 + 8); }
 
 // Tokens as products walk them, some together in a tile; how they lie in it is the kernels' own affair. Tiles are nearly
 // equal: the first `larger` of them hold small + 1 tokens, the others small.
@@ -82,7 +83,8 @@ constexpr std::int64_t linear_scratch(std::int64_t columns, std::int64_t tokens)
     const std::int64_t scales = (kMostBlocks * kPanelGroups + groups) * kRunsOfGroup * kRows * 4;
     const std::int64_t panels = kMostBlocks * kPanelGroups * kGroup * kRows + 2 * scales;
     const std::int64_t totals = 2 * together * kMostBlocks * kRows * 4;
-    return (panels + totals + together * groups * kRunsOfGroup * 4 + 1024) / 64 * 64;
+    const std::int64_t starts = together * groups * kRunsOfGroup * 4, wide = together * (groups * 24 + kRows * 4 + 4);
+    return (panels + totals + starts + wide + 1024) / 64 * 64;
 }
 
 using bf16 = std::uint16_t;

@@ -1,4 +1,4 @@
-"""Products with weights as packs hold them: activations become int8 for each token and 128 columns.
+"""Products with weights as packs hold them: activations become int8 for each token and 128 columns, outliers 15 bits.
 
 Native on the CPU for every format that packs hold. T tokens, K inputs, N outputs, G groups of 128 inputs.
 """
@@ -12,6 +12,7 @@ from fewfire.config import check
 from fewfire.formats import Encoded, sizes
 from fewfire.kernels import reference
 from fewfire.kernels.isa import native
+from fewfire.kernels.reference import Activations
 
 # The order of WeightFormat in native/include/quantized.hpp.
 NATIVE_FORMATS = {
@@ -20,8 +21,8 @@ NATIVE_FORMATS = {
 GROUP, SUMS = 128, 13
 
 
-def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes (T, 128 G), float32 scales (T, G), int32 sums (T, 13 G): of each 128 codes, each 32, each 16.
+def quantize_activations(x_TK: Tensor) -> tuple[Activations, Tensor]:
+    """Codes and scales, and int32 sums (T, 13 G) of codes without high parts: of each 128, each 32, each 16.
 
     Exactness: equal to `reference.quantize_activations` bit for bit.
     Raises: ConfigError unless `x_TK` is a float32 matrix.
@@ -31,14 +32,15 @@ def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = -(-columns // GROUP)
     module = native()
     if module is None:
-        codes_TGk, scales = reference.quantize_activations(x)
-        integers = codes_TGk.int()
+        made = reference.quantize_activations(x)
+        integers = made.codes_TGk.int()
         sums = [integers.unflatten(-1, (-1, run)).sum(dim=-1, dtype=torch.int32).flatten(1) for run in (128, 32, 16)]
-        return codes_TGk.flatten(1), scales, torch.cat(sums, dim=1)
-    codes = torch.empty((tokens, groups * GROUP), dtype=torch.int8)
+        return made, torch.cat(sums, dim=1)
+    codes, high = torch.zeros((2, tokens, groups, GROUP), dtype=torch.int8)
     scales, sums_TS = torch.empty((tokens, groups)), torch.empty((tokens, groups * SUMS), dtype=torch.int32)
-    module.quantize_rows(x.data_ptr(), tokens, columns, codes.data_ptr(), scales.data_ptr(), sums_TS.data_ptr())
-    return codes, scales, sums_TS
+    addresses = (each.data_ptr() for each in (codes, high, scales, sums_TS))
+    module.quantize_rows(x.data_ptr(), tokens, columns, *addresses)
+    return Activations(codes, high, scales), sums_TS
 
 
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int], *, threads: int = 0) -> Tensor:

@@ -6,6 +6,8 @@ T tokens, E experts, K slots, A kept assignments; R rows, F expert width, P = 2 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,31 +69,65 @@ def sum_rows(rows_AD: Tensor, positions_TK: Tensor) -> Tensor:
     return padded[positions_TK.clamp(min=-1)].sum(dim=1)  # a negative position is the zero row at the end
 
 
-def quantize_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes (T, G, 128), padded with zeros, and float32 scales (T, G): the largest of a group becomes 127.
+WIDE_FROM, WIDE_MOST, WIDE_STEP = 1.5, 126, 128
 
-    A group with NaN or infinity has a NaN scale and codes of 0; one below 1e-30 has codes of 0.
+
+class Activations(NamedTuple):
+    """Integers `codes + 128 * high` (T, G, 128), both int8, times `scales` (T, G)."""
+
+    codes_TGk: Tensor
+    high_TGk: Tensor
+    scales_TG: Tensor
+
+
+def quantize_activations(x_TK: Tensor) -> Activations:
+    """Each group of 128 columns, padded with zeros: its largest magnitude becomes 127.
+
+    Where the quad of columns (four in a row) that has it exceeds all others 1.5 times, theirs becomes 127, and that
+    quad is wide: its integers exceed a byte, 126 times 127 at most. A group with NaN or infinity has a NaN scale and
+    codes of 0; one below 1e-30 has codes of 0.
     """
     padded = F.pad(x_TK, (0, -x_TK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    largest_TG = padded.abs().amax(dim=-1)
+    (largest_TG, second_TG), quad_TG = _two_largest(padded.abs().unflatten(-1, (-1, 4)).amax(dim=-1))
     broken = ~torch.isfinite(padded).all(dim=-1)
     silent = broken | (largest_TG < 1e-30)
-    inverse = torch.where(silent, torch.zeros(()), 127 / torch.where(silent, 1.0, largest_TG))
-    scaled = torch.where(silent[..., None], torch.zeros(()), padded * inverse[..., None])
-    return scaled.round().to(torch.int8), torch.where(broken, float("nan"), largest_TG / 127)
+    is_wide_TG = ~silent & (largest_TG > WIDE_FROM * second_TG)
+    limit_TG = torch.where(is_wide_TG, torch.maximum(second_TG, largest_TG / WIDE_MOST), largest_TG)
+    inverse = torch.where(silent, torch.zeros(()), 127 / torch.where(silent, 1.0, limit_TG))
+    integers = torch.where(silent[..., None], torch.zeros(()), padded * inverse[..., None]).round().to(torch.int32)
+    in_quad = torch.arange(GROUP) // 4 == quad_TG[..., None]
+    high = torch.where(in_quad & is_wide_TG[..., None], (integers + WIDE_STEP // 2) >> 7, 0)
+    scales = torch.where(broken, float("nan"), limit_TG / 127)
+    return Activations((integers - WIDE_STEP * high).to(torch.int8), high.to(torch.int8), scales)
+
+
+def _two_largest(most_TGq: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Along the last dimension: the largest and the next, and where the largest is."""
+    found = most_TGq.topk(2, dim=-1)
+    first, second = found.values.unbind(dim=-1)
+    return (first, second), found.indices[..., 0]
 
 
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> Tensor:
     """(T, N): x times a weight (N, K) in format `name`. Quantized weights meet quantized activations: integer sums over
     what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns.
-    Minima times the sums of activations are added up apart, in the same order, and come last."""
+    Minima times the sums of activations are added up apart, in the same order, and then the high parts of wide codes."""
     if name not in _TILED_RUNS and name not in GGML_FORMATS:
         return F.linear(x_TK, decode(weight, name, shape))
-    integers_NPk, scales_NP, minima_NP = split_runs(weight, name, shape)
+    runs = split_runs(weight, name, shape)
+    x = quantize_activations(x_TK)
+    total_TN, below_TN = _add_runs(x.codes_TGk, x.scales_TG, runs)
+    if below_TN is not None:
+        total_TN = total_TN + below_TN
+    return (total_TN + _add_high(x, runs))[:, : shape[0]]
+
+
+def _add_runs(codes_TGk: Tensor, act_scales_TG: Tensor, runs: Runs) -> tuple[Tensor, Tensor | None]:
+    """Scaled sums of all runs, and of their minima where there are any."""
+    integers_NPk, scales_NP, minima_NP = runs
     run = integers_NPk.shape[-1]
-    codes_TGk, act_scales_TG = quantize_activations(x_TK)
     codes_TPk = codes_TGk.flatten(1).unflatten(1, (-1, run))
-    total_TN = below_TN = torch.zeros((x_TK.shape[0], scales_NP.shape[0]))
+    total_TN = below_TN = torch.zeros((codes_TGk.shape[0], scales_NP.shape[0]))
     for part in range(codes_TPk.shape[1]):
         act_scale_T1 = act_scales_TG[:, part * run // GROUP, None]
         exact_TN = codes_TPk[:, part].double() @ integers_NPk[:, part].double().t()
@@ -99,7 +135,25 @@ def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> 
         if minima_NP is not None:
             sum_T1 = codes_TPk[:, part].sum(dim=-1, keepdim=True, dtype=torch.int32).float()
             below_TN = below_TN + minima_NP[:, part] * (sum_T1 * act_scale_T1)
-    return (total_TN if minima_NP is None else total_TN + below_TN)[:, : shape[0]]
+    return total_TN, None if minima_NP is None else below_TN
+
+
+def _add_high(x: Activations, runs: Runs) -> Tensor:
+    """What high parts add: each group's quad alone, its minimum after it."""
+    integers_NPk, scales_NP, minima_NP = runs
+    run = integers_NPk.shape[-1]
+    high_TPk = x.high_TGk.flatten(1).unflatten(1, (-1, run))
+    made_TN = torch.zeros((high_TPk.shape[0], scales_NP.shape[0]))
+    for part in range(high_TPk.shape[1]):
+        wide_T1 = (high_TPk[:, part] != 0).any(dim=-1, keepdim=True)
+        act_scale_T1 = x.scales_TG[:, part * run // GROUP, None] * WIDE_STEP
+        exact_TN = high_TPk[:, part].double() @ integers_NPk[:, part].double().t()
+        next_TN = made_TN + exact_TN.float() * (scales_NP[:, part] * act_scale_T1)
+        if minima_NP is not None:
+            sum_T1 = high_TPk[:, part].sum(dim=-1, keepdim=True, dtype=torch.int32).float()
+            next_TN = next_TN + minima_NP[:, part] * (sum_T1 * act_scale_T1)
+        made_TN = torch.where(wide_T1, next_TN, made_TN)
+    return made_TN
 
 
 _TILED_RUNS = {"q8": split_q8, "q4": split_q4, "mxfp4": split_mxfp4}

@@ -33,8 +33,8 @@ def row_stride(width: int) -> int:
 
 
 def tile_bytes(columns: int) -> int:
-    """Codes, scales and sums of one token."""
-    return ceil(columns / GROUP) * (GROUP + 4 + 13 * 4)
+    """Codes, scales, sums and wide quads of one token."""
+    return ceil(columns / GROUP) * (GROUP + 4 + 13 * 4 + 8)
 
 
 def _rows(count: int, columns: int) -> int:
@@ -147,7 +147,8 @@ def linear_scratch(columns: int, num_tokens: int) -> int:
     groups, together = ceil(columns / GROUP), min(num_tokens, _TOGETHER)
     scales = (_MOST_BLOCKS * _PANEL_GROUPS + groups) * _RUNS * ROWS * 4
     panels = _MOST_BLOCKS * _PANEL_GROUPS * GROUP * ROWS + 2 * scales
-    return panels + 2 * together * _MOST_BLOCKS * ROWS * 4 + together * groups * _RUNS * 4 + 1024
+    wide = together * (groups * 24 + ROWS * 4 + 4)
+    return panels + 2 * together * _MOST_BLOCKS * ROWS * 4 + together * groups * _RUNS * 4 + wide + 1024
 
 
 def thread_bytes(config: ModelConfig, num_tokens: int) -> int:
