@@ -111,7 +111,7 @@ def _two_largest(most_TGq: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> Tensor:
     """(T, N): x times a weight (N, K) in format `name`. Quantized weights meet quantized activations: integer sums over
     what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns.
-    Minima times the sums of activations are added up apart, in the same order, and then the high parts of wide codes."""
+    Minima times the sums of activations are added up apart, in the same order, and so are the high parts of codes."""
     if name not in _TILED_RUNS and name not in GGML_FORMATS:
         return F.linear(x_TK, decode(weight, name, shape))
     runs = split_runs(weight, name, shape)
