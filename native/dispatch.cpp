@@ -15,8 +15,10 @@ constexpr bool kHasX86 = true;
 constexpr bool kHasX86 = false;
 #endif
 
+// Empty where the machine lacks the instructions: filling a table runs code that may have been compiled to them.
 Table build_table(Isa isa) {
     Table table{};
+    if (!is_supported(isa)) return table;
     fill_scalar(table);
 #ifdef FEWFIRE_X86
     if (isa >= Isa::kAvx2) fill_avx2(table);
@@ -49,8 +51,7 @@ bool is_supported(Isa isa) {
 }
 
 const Table& table() {
-    static const std::array<Table, 3> tables{build_table(Isa::kScalar), build_table(Isa::kAvx2),
-                                             build_table(Isa::kAvx512)};
+    static const std::array<Table, 3> tables{build_table(Isa::kScalar), build_table(Isa::kAvx2), build_table(Isa::kAvx512)};
     return tables[static_cast<std::size_t>(current_isa())];
 }
 

@@ -69,11 +69,7 @@ void Residency::give_back(std::int32_t expert) {
     const std::int64_t id = id_of(layer_, expert);
     const auto at = static_cast<std::size_t>(id);
     --pins_[at];
-    if (passes_[at] != 0 && pins_[at] == 0) {
-        window_.push_back(slots_[at]);
-        passes_[at] = 0;
-        slots_[at] = -1;
-    }
+    if (pins_[at] == 0) end_passing(id);
     shrink();
     while (!waiting_.empty() && assign(waiting_.front(), false)) waiting_.pop_front();
     read_ahead();
@@ -88,8 +84,7 @@ bool Residency::assign(std::int64_t id, bool is_prefetch) {
         return true;
     }
     if (!in_order_ || window_.empty()) return false;
-    pass_through(id, window_.back(), is_prefetch);
-    window_.pop_back();
+    pass_through(id, is_prefetch);
     return true;
 }
 
@@ -99,10 +94,30 @@ void Residency::place(std::int64_t id, std::int64_t slot, bool is_prefetch) {
     fills_.push_back({id, slot, is_prefetch});
 }
 
-void Residency::pass_through(std::int64_t id, std::int64_t slot, bool is_prefetch) {
+// Through the window's last slot.
+void Residency::pass_through(std::int64_t id, bool is_prefetch) {
+    const std::int64_t slot = window_.back();
+    window_.pop_back();
     slots_[static_cast<std::size_t>(id)] = slot;
     passes_[static_cast<std::size_t>(id)] = 1;
     fills_.push_back({id, slot, is_prefetch});
+}
+
+// The slot of what passed through is the window's again.
+void Residency::end_passing(std::int64_t id) {
+    const auto at = static_cast<std::size_t>(id);
+    if (passes_[at] == 0) return;
+    window_.push_back(slots_[at]);
+    passes_[at] = 0;
+    slots_[at] = -1;
+}
+
+// Holds a record for layer ahead_layer_.
+void Residency::expect(std::int64_t id) {
+    const auto at = static_cast<std::size_t>(id);
+    ++pins_[at];
+    prefetched_[at] = 1;
+    ahead_.push_back(id);
 }
 
 std::int64_t Residency::free_slot() {
@@ -138,11 +153,7 @@ void Residency::end_prefetches(int layer, const std::int32_t* experts, int count
         --pins_[at];
         prefetched_[at] = 0;
         ++counts_[static_cast<std::size_t>(layer)].prefetch_wasted;
-        if (passes_[at] != 0) {
-            window_.push_back(slots_[at]);
-            passes_[at] = 0;
-            slots_[at] = -1;
-        }
+        end_passing(id);
     }
     ahead_.clear();
     ahead_layer_ = -1;
@@ -164,12 +175,9 @@ void Residency::prefetch(int layer, const std::int32_t* experts, int count) {
     ahead_layer_ = layer;
     for (int i = 0; i < count; ++i) {
         const std::int64_t id = id_of(layer, experts[i]);
-        const auto at = static_cast<std::size_t>(id);
-        if (slots_[at] >= 0 || static_cast<std::int64_t>(ahead_.size()) >= capacity_ / 4) continue;
+        if (has(id) || static_cast<std::int64_t>(ahead_.size()) >= capacity_ / 4) continue;
         if (!assign(id, true)) break;
-        ++pins_[at];
-        prefetched_[at] = 1;
-        ahead_.push_back(id);
+        expect(id);
     }
 }
 
@@ -183,13 +191,9 @@ void Residency::read_ahead() {
     }
     while (!window_.empty() && ahead_next_ < first_ids_[static_cast<std::size_t>(next) + 1]) {
         const std::int64_t id = ahead_next_++;
-        const auto at = static_cast<std::size_t>(id);
-        if (slots_[at] >= 0) continue;
-        pass_through(id, window_.back(), true);
-        window_.pop_back();
-        ++pins_[at];
-        prefetched_[at] = 1;
-        ahead_.push_back(id);
+        if (has(id)) continue;
+        pass_through(id, true);
+        expect(id);
     }
 }
 

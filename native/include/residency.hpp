@@ -95,7 +95,9 @@ private:
     std::int64_t free_slot();
     std::int64_t slot_by_eviction();
     void place(std::int64_t id, std::int64_t slot, bool is_prefetch);
-    void pass_through(std::int64_t id, std::int64_t slot, bool is_prefetch);
+    void pass_through(std::int64_t id, bool is_prefetch);
+    void end_passing(std::int64_t id);
+    void expect(std::int64_t id);
     bool assign(std::int64_t id, bool is_prefetch);
     void drop(std::int64_t id);
     void end_prefetches(int layer, const std::int32_t* experts, int count);
