@@ -17,26 +17,41 @@ constexpr auto kSpin = std::chrono::microseconds(200);
 
 constexpr int kPatience = 256;  // looks between two offers of the core to others
 
+// Of `gate_`: whether workers may still come in, and how many are inside. The number of the job stands above.
+constexpr std::uint64_t kOpen = std::uint64_t{1} << 31, kInside = kOpen - 1;
+
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
 }
 
-std::vector<int> allowed_cores() {
+// Cores that this thread may run on; none where the system does not say.
+std::vector<int> affinity() {
     std::vector<int> cores;
 #ifdef __linux__
     cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        for (int core = 0; core < CPU_SETSIZE; ++core) {
-            if (CPU_ISSET(core, &set)) cores.push_back(core);
-        }
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return cores;
+    for (int core = 0; core < CPU_SETSIZE; ++core) {
+        if (CPU_ISSET(core, &set)) cores.push_back(core);
     }
 #endif
-    if (cores.empty()) {
-        for (unsigned core = 0; core < std::max(1u, std::thread::hardware_concurrency()); ++core) {
-            cores.push_back(static_cast<int>(core));
-        }
+    return cores;
+}
+
+void set_affinity([[maybe_unused]] const std::vector<int>& cores) {
+#ifdef __linux__
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int core : cores) CPU_SET(core, &set);
+    sched_setaffinity(0, sizeof set, &set);
+#endif
+}
+
+std::vector<int> allowed_cores() {
+    std::vector<int> cores = affinity();
+    for (unsigned core = 0; cores.empty() && core < std::max(1u, std::thread::hardware_concurrency()); ++core) {
+        cores.push_back(static_cast<int>(core));
     }
     return cores;
 }
@@ -89,7 +104,7 @@ void Pool::start_workers(int wanted) {
         // The epoch is read here: a thread that starts late has not missed the job it was started for.
         workers_.emplace_back([this, worker, seen = epoch_.load()] { work(worker, seen); });
 #ifdef __linux__
-        // A core each, the last first: the caller tends to sit on an early one, and is free to move.
+        // A core each, the last first: the caller tends to sit on an early one (see OffWorkers).
         cpu_set_t set;
         CPU_ZERO(&set);
         CPU_SET(cores_[cores_.size() - static_cast<std::size_t>(worker)], &set);
@@ -108,7 +123,7 @@ void Pool::run_job(std::int64_t num_threads, std::int64_t count, std::int64_t gr
     next_.store(0, std::memory_order_relaxed);
     if (extra > 0) {
         start_workers(extra);
-        busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+        gate_.store((epoch_.load() + 1) << 32 | kOpen, std::memory_order_release);
         epoch_.fetch_add(1);  // the job is out
         if (asleep_.load() > 0) {
             {
@@ -119,12 +134,32 @@ void Pool::run_job(std::int64_t num_threads, std::int64_t count, std::int64_t gr
     }
     take_parts(0);
     if (extra > 0) {
+        gate_.fetch_and(~kOpen);  // all parts are taken: who still sleeps is not waited for
         // Where other processes leave both on one core, the waiting one must make room for the working one.
-        for (int rounds = 1; busy_.load(std::memory_order_acquire) > 0; ++rounds) {
+        for (int rounds = 1; (gate_.load(std::memory_order_acquire) & kInside) > 0; ++rounds) {
             relax();
             if (rounds % kPatience == 0) std::this_thread::yield();
         }
     }
+}
+
+std::vector<int> Pool::caller_cores(std::int64_t num_threads) const {
+    const std::int64_t threads = num_threads <= 0 ? size() : std::min<std::int64_t>(num_threads, size());
+    if (threads <= 1) return {};
+    return {cores_.begin(), cores_.end() - (threads - 1)};
+}
+
+OffWorkers::OffWorkers(std::int64_t num_threads) {
+    std::vector<int> now = affinity();
+    std::vector<int> own = Pool::shared().caller_cores(num_threads);
+    std::erase_if(own, [&](int core) { return std::find(now.begin(), now.end(), core) == now.end(); });
+    if (own.empty() || own == now) return;  // somebody has put it elsewhere
+    before_ = std::move(now);
+    set_affinity(own);
+}
+
+OffWorkers::~OffWorkers() {
+    if (!before_.empty()) set_affinity(before_);
 }
 
 void Pool::take_parts(int worker) {
@@ -150,11 +185,21 @@ void Pool::work(int worker, std::uint64_t seen) {
                 asleep_.fetch_sub(1);
             }
         }
-        ++seen;
+        seen = epoch_.load(std::memory_order_acquire);
         if (ends_.load()) return;
+        if (!enter()) continue;
         if (worker <= job_.workers) take_parts(worker);
-        busy_.fetch_sub(1, std::memory_order_release);
+        gate_.fetch_sub(1, std::memory_order_release);
     }
+}
+
+// False: the job was done meanwhile.
+bool Pool::enter() {
+    std::uint64_t gate = gate_.load(std::memory_order_relaxed);
+    while ((gate & kOpen) != 0) {
+        if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
+    }
+    return false;
 }
 
 }  // namespace fewfire

@@ -1,5 +1,6 @@
 """The native engine: against the torch forward of the same weights, and the invariance it promises, bit for bit."""
 
+import os
 from itertools import product
 
 import pytest
@@ -167,3 +168,10 @@ def test_more_than_the_context_is_refused(folders):
 def test_no_tokens_and_no_sequences(folders):
     model = load_pack(folders["olmoe", "q4"])
     assert model(torch.empty((1, 0), dtype=torch.int64)).shape == (1, 0, tiny_hub.VOCAB)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not say")
+def test_a_step_gives_the_caller_its_cores_back(folders):
+    before = os.sched_getaffinity(0)
+    load_pack(folders["olmoe", "q4"])(draw_ids(1, 9))
+    assert os.sched_getaffinity(0) == before

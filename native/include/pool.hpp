@@ -33,6 +33,9 @@ public:
     // Threads that run() may use: cores this process may run on.
     int size() const { return static_cast<int>(cores_.size()); }
 
+    // Cores of up to `num_threads` threads that no worker is pinned to; empty: all are alike.
+    std::vector<int> caller_cores(std::int64_t num_threads) const;
+
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
@@ -57,6 +60,7 @@ private:
     void start_workers(int wanted);
     void work(int worker, std::uint64_t seen);
     void take_parts(int worker);
+    bool enter();
 
     struct Scratch {
         std::unique_ptr<std::uint8_t[]> memory;
@@ -70,11 +74,24 @@ private:
     Job job_;
     alignas(64) std::atomic<std::int64_t> next_{0};
     alignas(64) std::atomic<std::uint64_t> epoch_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<std::uint64_t> gate_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex sleep_;
     std::condition_variable wake_;
     std::atomic<bool> ends_{false};
+};
+
+// While it lives, this thread keeps off the workers' cores: who wakes up beside a pinned worker would share its core with
+// it for milliseconds, until the system moves one of them.
+class OffWorkers {
+public:
+    explicit OffWorkers(std::int64_t num_threads);
+    ~OffWorkers();
+    OffWorkers(const OffWorkers&) = delete;
+    OffWorkers& operator=(const OffWorkers&) = delete;
+
+private:
+    std::vector<int> before_;  // the cores it may run on otherwise; empty: nothing was changed
 };
 
 }  // namespace fewfire
