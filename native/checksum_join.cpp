@@ -30,14 +30,21 @@ Map one_bit() {
     return made;
 }
 
+// 2^k zero bytes through the register, for every k that a count of bytes has.
+std::array<Map, 63> zero_bytes() {
+    std::array<Map, 63> made;
+    made[0] = squared(squared(squared(one_bit())));
+    for (std::size_t k = 1; k < made.size(); ++k) made[k] = squared(made[k - 1]);
+    return made;
+}
+
 }  // namespace
 
 // Final and first inversions cancel: crc(A B) = zeros(crc(A)) ^ crc(B).
 std::uint32_t join_checksums(std::uint32_t first, std::uint32_t second, std::int64_t count) {
-    Map zeros = squared(squared(squared(one_bit())));  // a byte
-    for (; count > 0; count >>= 1) {
-        if ((count & 1) != 0) first = apply(zeros, first);
-        zeros = squared(zeros);
+    static const std::array<Map, 63> zeros = zero_bytes();
+    for (std::size_t k = 0; count >> k != 0; ++k) {
+        if ((count >> k & 1) != 0) first = apply(zeros[k], first);
     }
     return first ^ second;
 }
