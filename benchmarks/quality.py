@@ -4,11 +4,10 @@ float32 forward of the very weights they hold.
 python benchmarks/quality.py TEXT MODEL [MODEL ...] [--positions 10000] [--context 512]
 
 The first MODEL is what the others are compared with: a checkpoint in hub layout, a pack or a GGUF file. All read the
-token ids of its tokenizer. For packs that
-run natively: the share of positions with the same most likely token, KL, and the median relative L2 error of logits,
-with the native engine's own routing and with the float32 forward's routing replayed.
+token ids of its tokenizer. For packs that run natively: the share of positions with the same most likely token, KL, and
+the median relative L2 error of logits, with the native engine's own routing and with the float32 forward's replayed.
 
-D width, N positions, K experts a token, L MoE layers, V vocabulary.
+N positions, K experts a token, L MoE layers, V vocabulary.
 """
 
 from __future__ import annotations

@@ -136,9 +136,8 @@ def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
     assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
     assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5, rel=0.2)
     assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0
-    assert (
-        made["measured"].budget_streaming.seconds >= 0.999 * measured.decode.seconds
-    )  # kernels so slow hide all reading
+    # kernels so slow hide all reading
+    assert made["measured"].budget_streaming.seconds == pytest.approx(measured.decode.seconds)
     here.store_profile(profile(kernels=slow))
     document = json.loads(here.profile_path().read_text())
     del document["kernels"]["product_ops_per_s"]["bf16"]
