@@ -97,9 +97,9 @@ struct Avx512Ops {
     // The panel's groups times those of a tile, see multiply_tile.
     template <int kTokens, int kRuns>
     static void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile,
-                              const std::int32_t* starts, float* totals, Ahead& ahead) {
+                              const std::int32_t* starts, const Totals& totals, Ahead& ahead) {
         constexpr std::int64_t kQuads = 32 / kRuns;
-        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals, .ahead_step = ahead.part_bytes / kQuads};
+        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals.first, .ahead_step = ahead.part_bytes / kQuads, .stride = totals.stride * 4};
         for (std::int64_t g = 0; g < some; ++g) {
             const std::int8_t* codes = tile.codes + (first + g) * kTokens * kGroup;
             job.token_scales = tile.scales + (first + g) * kTokens;

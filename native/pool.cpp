@@ -17,8 +17,8 @@ constexpr auto kSpin = std::chrono::microseconds(200);
 
 constexpr int kPatience = 256;  // looks between two offers of the core to others
 
-// Of `gate_`: whether workers may still come in, and how many are inside. The number of the job stands above.
-constexpr std::uint64_t kOpen = std::uint64_t{1} << 31, kInside = kOpen - 1;
+// Of `gate_`: whether workers may still come in, and how many are inside.
+constexpr std::uint32_t kOpen = std::uint32_t{1} << 31, kInside = kOpen - 1;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -123,7 +123,7 @@ void Pool::run_job(std::int64_t num_threads, std::int64_t count, std::int64_t gr
     next_.store(0, std::memory_order_relaxed);
     if (extra > 0) {
         start_workers(extra);
-        gate_.store((epoch_.load() + 1) << 32 | kOpen, std::memory_order_release);
+        gate_.store(kOpen, std::memory_order_release);
         epoch_.fetch_add(1);  // the job is out
         if (asleep_.load() > 0) {
             {
@@ -195,7 +195,7 @@ void Pool::work(int worker, std::uint64_t seen) {
 
 // False: the job was done meanwhile.
 bool Pool::enter() {
-    std::uint64_t gate = gate_.load(std::memory_order_relaxed);
+    std::uint32_t gate = gate_.load(std::memory_order_relaxed);
     while ((gate & kOpen) != 0) {
         if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire, std::memory_order_relaxed)) return true;
     }

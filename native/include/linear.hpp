@@ -169,7 +169,7 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
     auto* starts = reinterpret_cast<std::int32_t*>(scratch);
     auto* floats = reinterpret_cast<float*>(starts + (groups * kRuns * n + 15) / 16 * 16);
     const BlockScales room{floats, floats + (kGroupBytes<kFormat>.has_minimum ? scales : 0)};
-    const WideProduct<Ops, kFormat> wide(weight, acts.tiles, reinterpret_cast<std::uint8_t*>(room.minima + scales));
+    WideProduct<Ops, kFormat> wide(weight, acts.tiles, reinterpret_cast<std::uint8_t*>(room.minima + scales));
     if constexpr (kIsQ4) {
         make_starts(tile, 8, groups * 8 * n, kQ4Offset, starts);
     } else {
@@ -252,10 +252,16 @@ void unpack_bytes(const Matrix& weight, std::int64_t block, std::int64_t first, 
 // Stores before it are done, loads after it not yet.
 [[gnu::always_inline]] inline void settle() { __asm__ volatile("" ::: "memory"); }
 
-// One run's sums of kTokens tokens and kBlocks blocks, then added to totals (tokens, kMostBlocks, 16) with their scales.
+// Where sums are added up: token t's of block b are 16 numbers at first + t * stride + b * 16.
+struct Totals {
+    float* first;
+    std::int64_t stride;
+};
+
+// One run's sums of kTokens tokens and kBlocks blocks, then added to totals with their scales.
 template <class Ops, int kTokens, int kBlocks, int kQuads>
 void multiply_run(const std::uint8_t* const* bytes, const float* scales, const std::int8_t* codes,
-                  const std::int32_t* starts, const float* token_scales, float* totals) {
+                  const std::int32_t* starts, const float* token_scales, const Totals& totals) {
     alignas(64) std::int32_t sums[kBlocks * kTokens][kRows];
     typename Ops::Int acc[kBlocks * kTokens];
     unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start(starts + i % kTokens); });
@@ -277,7 +283,7 @@ void multiply_run(const std::uint8_t* const* bytes, const float* scales, const s
         const typename Ops::Float scale = Ops::load_floats(scales + b * kRows);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
-            float* total = totals + (t * kMostBlocks + b) * kRows;
+            float* total = totals.first + t * totals.stride + b * kRows;
             const auto* sum = reinterpret_cast<const std::uint8_t*>(sums[b * kTokens + t]);
             const typename Ops::Float both = Ops::mul(scale, Ops::set_float(token_scales[t]));
             const typename Ops::Float added = Ops::mul(Ops::to_float(Ops::load_ints(sum)), both);
@@ -286,10 +292,10 @@ void multiply_run(const std::uint8_t* const* bytes, const float* scales, const s
     }
 }
 
-// Groups of a tile through the panel, whose first group is `first` of the tile's, added to totals (tokens, kMostBlocks, 16).
+// Groups of a tile through the panel, whose first group is `first` of the tile's, added to totals.
 template <class Ops, int kTokens, int kRuns>
 void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile, const std::int32_t* starts,
-                   float* totals, Ahead& ahead) {
+                   const Totals& totals, Ahead& ahead) {
     if constexpr (requires { Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals, ahead); }) {
         Ops::template multiply_tile<kTokens, kRuns>(panel, first, some, tile, starts, totals, ahead);
     } else {
@@ -319,9 +325,9 @@ public:
         bytes_ = scratch;
         scales_ = reinterpret_cast<float*>(scratch + panel);
         minima_ = scales_ + scales;
-        totals_ = minima_ + (kGroupBytes<kFormat>.has_minimum ? scales : 0);
+        totals_ = minima_ + (kHasMinimum ? scales : 0);
         below_ = totals_ + tiles.count * kMostBlocks * kRows;
-        starts_ = reinterpret_cast<std::int32_t*>(below_ + (kGroupBytes<kFormat>.has_minimum ? tiles.count * kMostBlocks * kRows : 0));
+        starts_ = reinterpret_cast<std::int32_t*>(below_ + (kHasMinimum ? tiles.count * kMostBlocks * kRows : 0));
         for (std::int64_t i = 0; i < tiles.tiles; ++i) {
             const std::int64_t runs = tiles.groups * kRuns;
             make_starts(Tile(tiles, i), kRuns, runs * tiles.size(i), kByteOffset, starts_ + tiles.begin(i) * runs);
@@ -335,25 +341,26 @@ public:
         }
         for (std::int64_t block = first; block < last;) {
             const int blocks = static_cast<int>(std::min<std::int64_t>(Ops::kBlocks, last - block));
-            const std::int64_t numbers = tiles_.count * kMostBlocks * kRows * (kGroupBytes<kFormat>.has_minimum ? 2 : 1);
-            std::memset(totals_, 0, static_cast<std::size_t>(numbers) * 4);  // `below_` follows
+            const Target target{out_ + block * kRows, out_stride_, std::min(blocks * kRows, weight_.rows - block * kRows)};
+            const bool is_whole = !kHasMinimum && target.rows == Ops::kBlocks * kRows;
+            const Totals totals = is_whole ? Totals{target.first, target.stride} : Totals{totals_, kMostBlocks * kRows};
+            clear(totals);
+            wide_.begin();
             for (std::int64_t g = 0; g < tiles_.groups; g += kPanelGroups) {
                 const std::int64_t some = std::min(kPanelGroups, tiles_.groups - g);
                 const Panel panel = unpack(block, blocks, g, some);
                 look_ahead(block, g + some, last);
-                add_groups(panel, blocks, g, some);
+                add_groups(panel, blocks, g, some, totals);
             }
-            put_totals(block, blocks);
-            for (int b = 0; b < blocks; ++b) {
-                const std::int64_t row = (block + b) * kRows;
-                wide_.add(block + b, {out_ + row, out_stride_, std::min(kRows, weight_.rows - row)});
-            }
+            if (!is_whole) put_totals(target, blocks);
+            wide_.finish(target);
             block += blocks;
         }
     }
 
 private:
     static constexpr int kRuns = kGroupBytes<kFormat>.runs;
+    static constexpr bool kHasMinimum = kGroupBytes<kFormat>.has_minimum;
 
     Panel unpack(std::int64_t block, int blocks, std::int64_t first, std::int64_t some) {
         for (int b = 0; b < blocks; ++b) {
@@ -385,27 +392,39 @@ private:
         }
     }
 
-    void put_totals(std::int64_t block, int blocks) {
+    void clear(const Totals& totals) {
+        for (std::int64_t t = 0; t < tiles_.count; ++t) {
+            std::memset(totals.first + t * totals.stride, 0, Ops::kBlocks * kRows * 4);
+        }
+        if constexpr (kHasMinimum) std::memset(below_, 0, static_cast<std::size_t>(tiles_.count * kMostBlocks * kRows) * 4);
+    }
+
+    // Sums that were not added up in their place.
+    void put_totals(const Target& target, int blocks) {
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
             for (int b = 0; b < blocks; ++b) {
-                const std::int64_t at = (t * kMostBlocks + b) * kRows, row = (block + b) * kRows;
+                const std::int64_t at = (t * kMostBlocks + b) * kRows;
                 typename Ops::Float total = Ops::load_floats(totals_ + at);
-                if constexpr (kGroupBytes<kFormat>.has_minimum) total = Ops::add(total, Ops::load_floats(below_ + at));
-                put<Ops>({out_ + row, out_stride_, std::min(kRows, weight_.rows - row)}, t, total);
+                if constexpr (kHasMinimum) total = Ops::add(total, Ops::load_floats(below_ + at));
+                put<Ops>({target.first + b * kRows, target.stride, std::min(kRows, target.rows - b * kRows)}, t, total);
             }
         }
     }
 
     // Blocks that are not there are multiplied too, and their totals not looked at.
-    void add_groups(const Panel& panel, int blocks, std::int64_t first, std::int64_t some) {
+    void add_groups(const Panel& panel, int blocks, std::int64_t first, std::int64_t some, const Totals& totals) {
         for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
             const std::int32_t* starts = starts_ + tiles_.begin(i) * tiles_.groups * kRuns;
-            float* totals = totals_ + tiles_.begin(i) * kMostBlocks * kRows;
+            const Totals own{totals.first + tiles_.begin(i) * totals.stride, totals.stride};
             for_number<Ops::kTokens>(static_cast<int>(tiles_.size(i)), [&](auto tokens) {
-                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, totals, ahead_);
+                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, own, ahead_);
             });
+            for (std::int64_t g = 0; g < some; ++g) {
+                const std::int64_t at = g * kRuns * kMostBlocks * kRows;
+                wide_.add_group(i, first + g, {panel.bytes + g * kGroup * kRows, panel.gap, panel.scales + at, panel.minima + at});
+            }
         }
-        if constexpr (kGroupBytes<kFormat>.has_minimum) add_panel_minima(panel, blocks, first, some);
+        if constexpr (kHasMinimum) add_panel_minima(panel, blocks, first, some);
     }
 
     void add_panel_minima(const Panel& panel, int blocks, std::int64_t first, std::int64_t some) {

@@ -74,7 +74,7 @@ private:
     Job job_;
     alignas(64) std::atomic<std::int64_t> next_{0};
     alignas(64) std::atomic<std::uint64_t> epoch_{0};
-    alignas(64) std::atomic<std::uint64_t> gate_{0};
+    alignas(64) std::atomic<std::uint32_t> gate_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex sleep_;
     std::condition_variable wake_;

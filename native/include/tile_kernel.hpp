@@ -19,9 +19,10 @@ struct TileJob {
     std::int64_t steps = 0;                // 40: of four columns
     const float* scales = nullptr;         // 48: (4, 16)
     const float* token_scales = nullptr;   // 56: one a token
-    float* totals = nullptr;               // 64: (tokens, 4, 16), to which the sums are added
+    float* totals = nullptr;               // 64: (4, 16) of a token, to which the sums are added
     const std::uint8_t* ahead = nullptr;   // 72: weights that follow, fetched meanwhile
     std::int64_t ahead_step = 0;           // 80: bytes of them a step
+    std::int64_t stride = 0;               // 88: bytes from one token's totals to the next one's
 };
 
 #define FEWFIRE_START(t, a, b, c, d)                                                                    \
@@ -31,12 +32,12 @@ struct TileJob {
     ".if %c[n] > " #t "\n vpbroadcastd 128*" #t "(%%rax), %%zmm4\n vpdpbusd %%zmm4, %%zmm0, %%zmm" #a         \
     "\n vpdpbusd %%zmm4, %%zmm1, %%zmm" #b "\n vpdpbusd %%zmm4, %%zmm2, %%zmm" #c                            \
     "\n vpdpbusd %%zmm4, %%zmm3, %%zmm" #d "\n.endif\n"
-#define FEWFIRE_ADD(at, a, b)                                                                           \
+#define FEWFIRE_ADD(at, a)                                                                              \
     " vmulps " at "(%%rdi), %%zmm0, %%zmm1\n vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n vmulps %%zmm" #a          \
-    ", %%zmm1, %%zmm" #a "\n vaddps " at "+" b "(%%r9), %%zmm" #a ", %%zmm" #a "\n vmovups %%zmm" #a ", " at "+" b "(%%r9)\n"
+    ", %%zmm1, %%zmm" #a "\n vaddps " at "(%%r9), %%zmm" #a ", %%zmm" #a "\n vmovups %%zmm" #a ", " at "(%%r9)\n"
 #define FEWFIRE_SCALE(t, a, b, c, d)                                                                    \
-    ".if %c[n] > " #t "\n vbroadcastss 4*" #t "(%%r8), %%zmm0\n" FEWFIRE_ADD("0", a, "256*" #t)            \
-        FEWFIRE_ADD("64", b, "256*" #t) FEWFIRE_ADD("128", c, "256*" #t) FEWFIRE_ADD("192", d, "256*" #t) ".endif\n"
+    ".if %c[n] > " #t "\n vbroadcastss 4*" #t "(%%r8), %%zmm0\n" FEWFIRE_ADD("0", a)                      \
+        FEWFIRE_ADD("64", b) FEWFIRE_ADD("128", c) FEWFIRE_ADD("192", d) " add %%r14, %%r9\n.endif\n"
 #define FEWFIRE_TOKENS(M) \
     M(0, 8, 9, 10, 11) M(1, 12, 13, 14, 15) M(2, 16, 17, 18, 19) M(3, 20, 21, 22, 23) M(4, 24, 25, 26, 27) M(5, 28, 29, 30, 31)
 
@@ -47,7 +48,7 @@ template <int kTokens>
         "mov 24(%[job]), %%rsi\n" FEWFIRE_TOKENS(FEWFIRE_START)
         "mov 0(%[job]), %%rax\n mov 8(%[job]), %%rbx\n mov 16(%[job]), %%rcx\n lea (%%rcx, %%rcx, 2), %%r10\n"
         "mov 32(%[job]), %%rdx\n mov 40(%[job]), %%r11\n mov 48(%[job]), %%rdi\n mov 56(%[job]), %%r8\n"
-        "mov 64(%[job]), %%r9\n mov 72(%[job]), %%r12\n mov 80(%[job]), %%r13\n"
+        "mov 64(%[job]), %%r9\n mov 72(%[job]), %%r12\n mov 80(%[job]), %%r13\n mov 88(%[job]), %%r14\n"
         ".p2align 6\n"
         "1: vmovdqu64 (%%rbx), %%zmm0\n vmovdqu64 (%%rbx, %%rcx), %%zmm1\n"
         " vmovdqu64 (%%rbx, %%rcx, 2), %%zmm2\n vmovdqu64 (%%rbx, %%r10), %%zmm3\n"
@@ -56,7 +57,7 @@ template <int kTokens>
         FEWFIRE_TOKENS(FEWFIRE_SCALE)
         :
         : [job] "r"(&job), [n] "i"(kTokens)
-        : "memory", "cc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "zmm0", "zmm1", "zmm2", "zmm3",
+        : "memory", "cc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "zmm0", "zmm1", "zmm2", "zmm3",
           "zmm4", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19",
           "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28", "zmm29", "zmm30", "zmm31");
 }

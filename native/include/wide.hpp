@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "activations.hpp"
+#include "loops.hpp"
 #include "quantized.hpp"
 #include "weights.hpp"
 
@@ -69,82 +70,134 @@ typename Ops::Int multiply_quad(const Place& place, const WideQuad& wide) {
 static_assert(sizeof(WideQuad) == 24, "linear_scratch counts it");
 
 constexpr std::int64_t wide_bytes(std::int64_t groups, std::int64_t tokens) {
-    return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kRows * 4 + 4);
+    return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kMostBlocks * kRows * 4 + 12) + 64;
 }
 
-// All wide quads of some tiles, added to the products of one block after another.
+// One group of some blocks as bytes + 128, as products of many tokens unpack it (see Panel).
+struct UnpackedGroup {
+    const std::uint8_t* bytes;  // block b's at b * gap
+    std::int64_t gap;
+    const float *scales, *minima;  // (runs, kMostBlocks, 16)
+};
+
+// All wide quads of some tiles, added to the products of some blocks after another.
 template <class Ops, WeightFormat kFormat>
 class WideProduct {
 public:
     // `room`: wide_bytes, aligned to 64.
     WideProduct(const Matrix& weight, const Tiles& tiles, std::uint8_t* room)
         : weight_(weight),
+          tiles_(tiles),
           sums_(reinterpret_cast<float*>(room)),
-          tokens_(reinterpret_cast<std::int32_t*>(sums_ + tiles.count * kRows)),
-          quads_(reinterpret_cast<WideQuad*>(tokens_ + tiles.count)) {
+          quads_(reinterpret_cast<WideQuad*>(sums_ + tiles.count * kMostBlocks * kRows)),
+          firsts_(reinterpret_cast<std::int32_t*>(quads_ + tiles.count * tiles.groups)),
+          next_(firsts_ + tiles.tiles + 1),
+          has_(reinterpret_cast<std::uint8_t*>(next_ + tiles.tiles)) {
+        std::memset(has_, 0, static_cast<std::size_t>(tiles.count));
+        firsts_[0] = 0;
         for (std::int64_t i = 0; i < tiles.tiles; ++i) {
-            const std::int64_t n = tiles.size(i);
-            const std::int32_t* words = Tile(tiles, i).wide_words;
-            for (std::int64_t t = 0; t < n; ++t) {
-                for (std::int64_t g = 0; g < tiles.groups; ++g) {
-                    if (words[g * n + t] == 0) continue;
-                    tokens_[num_tokens_++] = static_cast<std::int32_t>(tiles.begin(i) + t);
-                    break;
-                }
-            }
-        }
-        for (std::int64_t g = 0; num_tokens_ > 0 && g < tiles.groups; ++g) {
-            for (std::int64_t i = 0; i < tiles.tiles; ++i) list(Tile(tiles, i), g, tiles.size(i), tiles.begin(i));
+            firsts_[i + 1] = firsts_[i];
+            list(i);
         }
     }
 
-    // target += scale times weights times high parts, added up apart in rising order of groups.
-    void add(std::int64_t block, const Target& target) const {
-        if (num_quads_ == 0) return;
-        for (std::int64_t i = 0; i < num_tokens_; ++i) Ops::store_floats(sums_ + tokens_[i] * kRows, Ops::zero_float());
-        for (std::int64_t at = 0; at < num_quads_;) {
+    // target += scale times weights times high parts, added up apart in rising order of groups. For one tile.
+    void add(std::int64_t block, const Target& target) {
+        begin();
+        for (std::int32_t at = 0; at < firsts_[1];) {
             const std::int32_t group = quads_[at].group;
-            const GroupScales<Ops, kFormat> scales(weight_, block, group);
-            for (; at < num_quads_ && quads_[at].group == group; ++at) add_quad(scales, quads_[at]);
+            const GroupScales<Ops, kFormat> of(weight_, block, group);
+            for (; at < firsts_[1] && quads_[at].group == group; ++at) {
+                const std::int64_t run = run_of(quads_[at]) * kRows;
+                add_quad(quads_[at], 0, multiply_quad<Ops, kFormat>(of.place, quads_[at]), of.scales + run, of.minima + run);
+            }
         }
-        for (std::int64_t i = 0; i < num_tokens_; ++i) {
-            float* to = target.first + tokens_[i] * target.stride;
-            const float* sum = sums_ + tokens_[i] * kRows;
-            for (std::int64_t r = 0; r < target.rows; ++r) to[r] += sum[r];
+        finish(target);
+    }
+
+    // The same in three parts for several blocks, whose groups come unpacked and in order, each for one tile after another.
+    void begin() {
+        std::memcpy(next_, firsts_, static_cast<std::size_t>(tiles_.tiles) * 4);
+        for (std::int64_t t = 0; t < tiles_.count; ++t) {
+            if (has_[t] != 0) std::memset(sums_of(t), 0, kMostBlocks * kRows * 4);
+        }
+    }
+
+    void add_group(std::int64_t tile, std::int64_t group, const UnpackedGroup& of) {
+        for (std::int32_t& at = next_[tile]; at < firsts_[tile + 1] && quads_[at].group == group; ++at) {
+            const WideQuad& wide = quads_[at];
+            std::int8_t bytes[4];
+            std::memcpy(bytes, &wide.word, 4);
+            const typename Ops::Word word = Ops::word(bytes);
+            const std::int32_t start = -kByteOffset * wide.sum;
+            const std::int64_t run = run_of(wide) * kMostBlocks * kRows;
+            unroll<Ops::kBlocks>([&](auto b) {
+                const typename Ops::Bytes weights = Ops::load_bytes(of.bytes + b * of.gap + wide.quad * 64);
+                const std::int64_t row = run + b * kRows;
+                add_quad(wide, b, Ops::dot(Ops::start(&start), weights, word), of.scales + row, of.minima + row);
+            });
+        }
+    }
+
+    void finish(const Target& target) const {
+        if (firsts_[tiles_.tiles] == 0) return;
+        for (std::int64_t t = 0; t < tiles_.count; ++t) {
+            if (has_[t] == 0) continue;
+            float* to = target.first + t * target.stride;
+            const float* sums = sums_of(t);
+            std::int64_t r = 0;
+            for (; r + kRows <= target.rows; r += kRows) {
+                Ops::store_floats(to + r, Ops::add(Ops::load_floats(to + r), Ops::load_floats(sums + r)));
+            }
+            for (; r < target.rows; ++r) to[r] += sums[r];
         }
     }
 
 private:
-    void list(const Tile& tile, std::int64_t g, std::int64_t n, std::int64_t begin) {
-        for (std::int64_t t = 0; t < n; ++t) {
-            const std::int64_t at = g * n + t;
-            const std::int32_t word = tile.wide_words[at];
-            if (word == 0) continue;
-            std::int8_t bytes[4];
-            std::memcpy(bytes, &word, 4);
-            quads_[num_quads_++] = {static_cast<std::int32_t>(g), static_cast<std::int32_t>(begin + t), tile.wide_quads[at], word,
-                                    bytes[0] + bytes[1] + bytes[2] + bytes[3], tile.scales[at] * kWideStep};
+    static std::int64_t run_of(const WideQuad& wide) { return wide.quad / (32 / GroupScales<Ops, kFormat>::kRuns); }
+    float* sums_of(std::int64_t token) const { return sums_ + token * kMostBlocks * kRows; }
+
+    // The wide quads of tile `i`. Few groups have any: sixteen are looked at together.
+    void list(std::int64_t i) {
+        const Tile tile(tiles_, i);
+        const std::int64_t n = tiles_.size(i), count = n * tiles_.groups;
+        for (std::int64_t first = 0; first < count; first += 16) {
+            const std::int64_t last = std::min(first + 16, count);
+            std::int32_t any = 0;
+            for (std::int64_t at = first; at < last; ++at) any |= tile.wide_words[at];
+            for (std::int64_t at = first; any != 0 && at < last; ++at) {
+                if (tile.wide_words[at] != 0) list(tile, at, at / n, tiles_.begin(i) + at % n, firsts_[i + 1]++);
+            }
         }
     }
 
-    void add_quad(const GroupScales<Ops, kFormat>& of, const WideQuad& wide) const {
-        const std::int64_t run = wide.quad / (32 / GroupScales<Ops, kFormat>::kRuns);
-        const typename Ops::Float both = Ops::mul(Ops::load_floats(of.scales + run * kRows), Ops::set_float(wide.scale));
-        const typename Ops::Float exact = Ops::to_float(multiply_quad<Ops, kFormat>(of.place, wide));
-        float* at = sums_ + wide.token * kRows;
-        typename Ops::Float sum = Ops::add(Ops::load_floats(at), Ops::mul(exact, both));
+    void list(const Tile& tile, std::int64_t at, std::int64_t group, std::int64_t token, std::int32_t to) {
+        std::int8_t bytes[4];
+        std::memcpy(bytes, tile.wide_words + at, 4);
+        quads_[to] = {static_cast<std::int32_t>(group), static_cast<std::int32_t>(token), tile.wide_quads[at], tile.wide_words[at],
+                      bytes[0] + bytes[1] + bytes[2] + bytes[3], tile.scales[at] * kWideStep};
+        has_[token] = 1;
+    }
+
+    // `exact`: the rows of block `b` times the quad's codes; scales and minima of those rows.
+    void add_quad(const WideQuad& wide, std::int64_t b, const typename Ops::Int& exact, const float* scales, const float* minima) {
+        const typename Ops::Float both = Ops::mul(Ops::load_floats(scales), Ops::set_float(wide.scale));
+        float* at = sums_of(wide.token) + b * kRows;
+        typename Ops::Float sum = Ops::add(Ops::load_floats(at), Ops::mul(Ops::to_float(exact), both));
         if constexpr (kGroupBytes<kFormat>.has_minimum) {
             const typename Ops::Float weight = Ops::set_float(static_cast<float>(wide.sum) * wide.scale);
-            sum = Ops::add(sum, Ops::mul(Ops::load_floats(of.minima + run * kRows), weight));
+            sum = Ops::add(sum, Ops::mul(Ops::load_floats(minima), weight));
         }
         Ops::store_floats(at, sum);
     }
 
     const Matrix& weight_;
-    float* sums_;           // (tokens, 16), of those in tokens_
-    std::int32_t* tokens_;  // that have a wide quad
-    WideQuad* quads_;       // by group
-    std::int64_t num_tokens_ = 0, num_quads_ = 0;
+    const Tiles& tiles_;
+    float* sums_;           // (tokens, kMostBlocks, 16), of those that have wide quads
+    WideQuad* quads_;       // by tile, then by group
+    std::int32_t* firsts_;  // where each tile's begin, and the end
+    std::int32_t* next_;    // of each tile, that comes next
+    std::uint8_t* has_;     // whether a token has any
 };
 
 }  // namespace

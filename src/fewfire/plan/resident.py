@@ -147,7 +147,7 @@ def linear_scratch(columns: int, num_tokens: int) -> int:
     groups, together = ceil(columns / GROUP), min(num_tokens, _TOGETHER)
     scales = (_MOST_BLOCKS * _PANEL_GROUPS + groups) * _RUNS * ROWS * 4
     panels = _MOST_BLOCKS * _PANEL_GROUPS * GROUP * ROWS + 2 * scales
-    wide = together * (groups * 24 + ROWS * 4 + 4)
+    wide = together * (groups * 24 + _MOST_BLOCKS * ROWS * 4 + 12)
     return panels + 2 * together * _MOST_BLOCKS * ROWS * 4 + together * groups * _RUNS * 4 + wide + 1024
 
 
