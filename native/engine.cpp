@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -138,7 +139,8 @@ Engine::~Engine() = default;
 
 void Engine::step(const Tokens& tokens, float* hidden, const Routes& routes, std::int64_t num_threads) {
     const auto start = std::chrono::steady_clock::now();
-    const OffWorkers keeps_off(num_threads);
+    std::optional<OffWorkers> keeps_off;
+    if (experts_ != nullptr && experts_->may_wait()) keeps_off.emplace(num_threads);
     Step step{tokens, spec_, *room_, timings_, routes, num_threads, modes_of(tokens), ranges_.data(), lows_.data()};
     int moe = 0;
     embed(step);

@@ -9,7 +9,7 @@ from fewfire.plan import here, limits, plan, probe
 from fewfire.plan.hardware import load_catalogue, parse_hardware
 from fewfire.plan.machine import rank
 from fewfire.plan.memory import choose_formats
-from fewfire.plan.rates import KernelRates
+from fewfire.plan.rates import STEP_S, KernelRates
 from fewfire.plan.stream import expected_layer_s
 from fewfire.plan.workload import Workload
 
@@ -134,7 +134,7 @@ def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
         made[name] = plan("olmoe-1b-7b", quant="q4", hardware="here", memory="2GiB")
     measured, peaks = made["measured"].machines[0], made["peaks"].machines[0]
     assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
-    assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5, rel=0.2)
+    assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5 + STEP_S)
     assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0
     # kernels so slow hide all reading
     assert made["measured"].budget_streaming.seconds == pytest.approx(measured.decode.seconds)

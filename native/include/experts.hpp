@@ -48,6 +48,9 @@ public:
     // Of each expert of `layer`, whether it is in memory or on its way; false, and nothing is written: all are.
     virtual bool find_cached(int, std::uint8_t*) const { return false; }
 
+    // Whether take() may sleep until a thread of the source's own has read something.
+    virtual bool may_wait() const { return false; }
+
     // Seconds that take() has waited since this was last asked.
     virtual double waited_s() { return 0; }
 

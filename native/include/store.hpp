@@ -41,6 +41,7 @@ public:
     void settle(const std::int32_t* experts, int count) override;
     bool find_cached(int layer, std::uint8_t* cached) const override;
     void give_back(const std::int32_t* experts, int count) override;
+    bool may_wait() const override { return true; }
     double waited_s() override;
 
     int lookahead() const override { return looks_ahead_ ? 1 : 0; }

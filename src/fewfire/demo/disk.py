@@ -48,6 +48,7 @@ def run_from_disk(checkpoint: Path, out: Path, prompt: str) -> OnDisk | None:
     model = load(out)
     assert isinstance(model.module, NativeDecoder)
     expert_bytes = model.module.pack.layout.expert_bytes
+    model.generate(prompt, max_tokens=_NEW_TOKENS)  # records are compared with their checksums at their first use
     resident, resident_predicted = _run(model, prompt)
     _keep_half(model, model.module)
     streamed, disk_predicted = _run(model, prompt)

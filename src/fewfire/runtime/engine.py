@@ -296,10 +296,12 @@ class NativeDecoder(nn.Module):
         hidden_ND = torch.empty((count, self.config.model_dim))
         if not count:
             return hidden_ND
-        positions_N = torch.cat(
-            [torch.arange(each.length, each.length + len(new)) for each, new in zip(sequences, ids)]
-        )
-        starts_N = starts.repeat_interleave(torch.tensor([len(new) for new in ids]))
+        lengths = [each.length for each in sequences]
+        if all(len(new) == 1 for new in ids):
+            positions_N, starts_N = torch.tensor(lengths), starts
+        else:
+            positions_N = torch.cat([torch.arange(at, at + len(new)) for at, new in zip(lengths, ids)])
+            starts_N = starts.repeat_interleave(torch.tensor([len(new) for new in ids]))
         observed = observe is not None and bool(self._moes)
         with self.account.lent(self._route_bytes(count), "what routers chose") if observed else nullcontext():
             routes = self._route_buffers(count) if observed else []

@@ -112,7 +112,7 @@ class Sampler:
 
         Raises: FewfireError where the model gave no number.
         """
-        if not bool(torch.isfinite(logits_V.max())):
+        if not math.isfinite(logits_V.max().item()):
             raise FewfireError("the model's logits hold NaN or infinity; its weights or its number format are broken")
         logits_V = adjusted_logits(logits_V, self.sampling, torch.tensor(list(self._seen), dtype=torch.int64))
         if self.sampling.temperature == 0:
