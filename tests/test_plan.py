@@ -229,13 +229,18 @@ def test_a_pack_is_planned_from_its_own_bytes(tmp_path):
     from safetensors.numpy import save_file
 
     (tmp_path / "config.json").write_text(json.dumps(published.hub_config("olmoe-1b-7b")))
-    (tmp_path / "fewfire.json").write_text("{}")
+    parts = {"experts": "q4", "down": "q4", "trunk": "q8", "head": "q8", "router": "f32", "embedding": "q8", "small": "f32"}
+    (tmp_path / "fewfire.json").write_text(json.dumps({"formats": parts, "overrides": {}}))
     (tmp_path / "experts.bin").write_bytes(b"\0" * 4096 * 64 * 16)
     save_file({"embed.weight": np.zeros(1000, np.uint8), "norm.weight": np.zeros(24, np.float32)},
               tmp_path / "trunk.safetensors")  # fmt: skip
     made = plan(tmp_path)
     assert (made.weights.experts, made.weights.trunk, made.weights.per_expert) == (4096 * 64 * 16, 1096, 4096)
     assert made.floor.table["experts in flight"] == 2 * 8 * 4096 and made.counts.total == 6_919_161_856
+    assert (made.formats.experts, made.formats.trunk) == ("q4", "q8")  # whose kernels are counted with
+    (tmp_path / "fewfire.json").write_text('{"formats": {"experts": "q3"}}')
+    with pytest.raises(FormatError, match="q3 is no format"):
+        plan(tmp_path)
 
 
 def test_what_a_checkpoint_holds_besides_is_named(tmp_path):

@@ -454,6 +454,8 @@ def load(
     check(cache in CACHE_ELEMENT_BYTES, f"cache ({cache}) is not one of {', '.join(CACHE_ELEMENT_BYTES)}")
     budget = None if memory is None else parse_bytes(memory, name="memory")
     tokenizer = read_tokenizer(path)  # before anything large: it takes memory while it is read
+    if tokenizer is not None:
+        tokenizer.prepare()
     module: torch.nn.Module
     if is_pack(path):
         module = load_pack(

@@ -112,10 +112,12 @@ def _read_prompt(prompt: str) -> str:
 
 
 def _predicted(model: Model, result: Generated) -> float | None:
-    """Decode speed by the planner, where one was measured; asked afterwards, so that no token waits for the probe."""
+    """Decode speed by the planner, where one was measured, with the hits that were found; asked afterwards, so that no
+    token waits for the probe."""
     if result.decode_tokens_per_s is None or result.lossy is not None:  # the planner's formulas are of exact routing
         return None
-    return model.predict_decode(context=result.prompt_tokens + len(result.token_ids) // 2)
+    found = result.experts.hit_rate if result.experts.streamed else None
+    return model.predict_decode(context=result.prompt_tokens + len(result.token_ids) // 2, hit_rate=found)
 
 
 def _show(model: Model, stream: Stream) -> int:

@@ -12,9 +12,11 @@ from math import prod
 from pathlib import Path
 
 from fewfire.config import ModelConfig
+from fewfire.errors import FormatError
 from fewfire.headers import GgufHeader, TensorHeader, read_checkpoint, read_safetensors
 from fewfire.plan.count import Counts, count
-from fewfire.plan.memory import WeightBytes
+from fewfire.plan.hub import read_json
+from fewfire.plan.memory import FORMAT_NAMES, Formats, WeightBytes
 from fewfire.sizes import format_count
 
 _EXPERT = re.compile(r"(^|[._])experts?[._]|_exps\b|block_sparse_moe\.(input|output)_linear")
@@ -107,6 +109,20 @@ def read_stored_pack(folder: Path, config: ModelConfig) -> Stored:
     return Stored(
         bytes_of | extra, parameters_of | extra | {"scales": 0}, {"pack": held + size}, "the pack's own files"
     )
+
+
+def read_pack_formats(folder: Path) -> Formats:
+    """The formats that a pack's manifest names. Raises: FormatError where it names none, or unknown ones."""
+    path = folder / "fewfire.json"
+    manifest = read_json(path)
+    named, overrides = manifest.get("formats"), manifest.get("overrides") or {}
+    parts = ("experts", "down", "trunk", "head", "router", "embedding", "small")
+    if not isinstance(named, dict) or not isinstance(overrides, dict):
+        raise FormatError("formats and overrides are not objects; make the pack again", path=str(path), record="formats")
+    for name in (*(named.get(part) for part in parts), *overrides.values()):
+        if name not in FORMAT_NAMES:
+            raise FormatError(f"{name} is no format; make the pack again", path=str(path), record="formats")
+    return Formats(**{part: named[part] for part in parts}, overrides=overrides)
 
 
 def read_stored_gguf(header: GgufHeader, config: ModelConfig) -> Stored:

@@ -80,7 +80,7 @@ def _parameters(plan: Plan) -> list[Explanation]:
 
 def _memory(plan: Plan) -> list[Explanation]:
     formats, cache, work = plan.formats, plan.cache, plan.work
-    own = plan.subject.stored is not None and formats.native
+    own = plan.subject.stored_in(formats) is not None
     parts = {"experts": formats.experts, "down": formats.down, "trunk": formats.trunk, "head": formats.head}
     parts["router"] = formats.router
     bits = ", ".join(f"{part} {name} ({bits_per_weight(name):g} bits)" for part, name in parts.items())

@@ -158,15 +158,16 @@ def choose_formats(
     trunk: str | None = None,
     down: str | None = None,
     head: str | None = None,
+    stored: Formats | None = None,
 ) -> Formats:
-    """Formats of every part: `quant` for all, the rest to set parts apart.
+    """Formats of every part: `quant` for all, the rest to set parts apart. `stored`: what a pack says is native to it.
 
     `q4`: experts q4, trunk q8, router f32. `mxfp4`: experts mxfp4, the rest bf16. Any other: all but the router,
     which stays f32. `native`: what the publisher stores. Raises ConfigError on an unknown name.
     """
     quant = _check_format(quant.lower(), "--quant")
     if quant == "native":
-        formats = _native_formats(config)
+        formats = stored or _native_formats(config)
     else:
         rest = {"q4": "q8", "mxfp4": "bf16"}.get(quant, quant)
         small = {"bf16": "bf16", "fp16": "fp16", "fp8": "bf16", "mxfp4": "bf16"}.get(quant, "f32")

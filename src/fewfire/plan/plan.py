@@ -234,9 +234,12 @@ def plan(
     check(prompt_tokens is None or 1 <= prompt_tokens <= 10**8, f"prompt ({prompt_tokens}) must be 1 to 10^8 tokens")
     demand, size = demand or Demand(), batch or 1
     paid = price if isinstance(price, Payment) else Payment(price)
-    formats = choose_formats(subject.config, quant, experts=experts, trunk=trunk, down=down, head=head)
+    formats = choose_formats(
+        subject.config, quant, experts=experts, trunk=trunk, down=down, head=head, stored=subject.formats
+    )
     profile = _profile(routing, subject, domain)
-    work = Workload.of(subject.config, formats, context, profile, stored=subject.stored)
+    stored = subject.stored_in(formats)
+    work = Workload.of(subject.config, formats, context, profile, stored=stored)
     catalogue = load_catalogue()
     systems, ranked = _systems(hardware, catalogue, work, size)
     assume, points = _calibrate(work, systems[0], measured, assume or Assumptions())
@@ -277,7 +280,7 @@ def plan(
         warnings=tuple(_warnings(catalogue, machines, api, paid)),
         output_share=demand.output_share,
         currency=currency,
-        uniform=None if profile is None else Workload.of(subject.config, formats, context, stored=subject.stored),
+        uniform=None if profile is None else Workload.of(subject.config, formats, context, stored=stored),
     )
 
 

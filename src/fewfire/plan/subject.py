@@ -19,6 +19,7 @@ from fewfire.plan.count import Counts, count
 
 if TYPE_CHECKING:
     from fewfire.plan.checkpoint import Stored
+    from fewfire.plan.memory import Formats
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
@@ -41,8 +42,13 @@ class Subject:
     hub_id: str | None = None
     licence: str | None = None
     stored: Stored | None = None
+    formats: Formats | None = None  # of a pack, which says them
     disk_bytes: int | None = None
     explained: tuple[str, ...] = ()
+
+    def stored_in(self, formats: Formats) -> Stored | None:
+        """The checkpoint's own bytes, where `formats` are its own."""
+        return self.stored if formats.native or formats == self.formats else None
 
 
 def not_published(model: object) -> NotPublished | None:
@@ -104,7 +110,7 @@ def published_subject(name: str) -> Subject:
 
 
 def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
-    from fewfire.plan.checkpoint import explain_gap, is_pack, read_stored, read_stored_pack
+    from fewfire.plan.checkpoint import explain_gap, is_pack, read_pack_formats, read_stored, read_stored_pack
     from fewfire.plan.hub import read_json
 
     if folder.name == "config.json":
@@ -115,7 +121,9 @@ def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
     name = folder.resolve().name
     counts = count(config)
     if is_pack(folder):
-        return Subject(name, config, counts, stored=read_stored_pack(folder, config))
+        return Subject(
+            name, config, counts, stored=read_stored_pack(folder, config), formats=read_pack_formats(folder)
+        )
     if not any(folder.glob("*.safetensors*")):
         return Subject(name, config, counts, explained=("no weights beside config.json: bytes are the formula's",))
     stored = read_stored(folder, config)

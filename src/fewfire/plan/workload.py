@@ -108,7 +108,7 @@ class Workload:
         stored: Stored | None = None,
         cache_element_bytes: int = 2,
     ) -> Workload:
-        """Work out everything about `config` in `formats`; `stored` (a checkpoint's own bytes) overrides native ones.
+        """Work out everything about `config` in `formats`; `stored`: a checkpoint's own bytes, which are taken.
 
         Raises: ConfigError if `profile` is of another model.
         """
@@ -120,7 +120,7 @@ class Workload:
             (Routed.of(moe.router.num_experts, moe.router.top_k, profile), layers) for moe, layers in kinds.items()
         )
         weights, trunk_bytes = weight_bytes(config, formats), decode_trunk_bytes(config, formats)
-        if stored is not None and formats.native:
+        if stored is not None:
             from fewfire.plan.checkpoint import stored_weights  # only files have bytes of their own
 
             formula, weights = weights, stored_weights(stored, config, weights)

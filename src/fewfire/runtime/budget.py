@@ -59,7 +59,8 @@ def check_floor(
     floor = floor_bytes(
         config, formats, context, weights=weights, cache_element_bytes=cache_element_bytes, threads=threads
     )
-    needs = {**floor.table, "process": max(floor.table["process"], rss_bytes()), **(more or {})}
+    own = rss_bytes() - floor.table["tokenizer"]  # which has been read by now
+    needs = {**floor.table, "process": max(floor.table["process"], own), **(more or {})}
     if budget < sum(needs.values()):
         refuse(budget, needs)
     return Floor(needs)

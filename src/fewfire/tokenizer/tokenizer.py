@@ -134,6 +134,12 @@ class Tokenizer:
         """sha256 of what decides encoding: two tokenizers with the same one give the same ids."""
         return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode("utf-8")).hexdigest()
 
+    def prepare(self) -> None:
+        """Make now what is otherwise made when it is first needed (tens of MB for a large vocabulary): afterwards the
+        memory of the tokenizer no longer grows."""
+        self._pieces, self._vocabulary, self.end_token_ids  # noqa: B018
+        self.encode("a", add_special=True)
+
     # ------------------------------------------------------------------------------------- vocabulary
 
     @cached_property
