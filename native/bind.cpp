@@ -508,6 +508,7 @@ NB_MODULE(_native, m) {
     m.def("current_isa", &current_isa);
     m.def("set_isa", &set_isa, "name"_a);
     m.def("keep_freed_memory", &fewfire::keep_freed_memory);
+    m.def("return_freed_memory", &fewfire::return_freed_memory);
     m.def("top_k_rows", &top_k_rows, unlocked);
     m.def("group_by_expert", &group_by_expert, unlocked);
     m.def("swiglu_forward", &swiglu_forward, unlocked);

@@ -281,3 +281,8 @@ def test_asking_for_help_does_not_load_torch():
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "--max-tokens" in done.stdout, done.stderr
+
+
+def test_several_texts_are_no_prompt(model):
+    with pytest.raises(ConfigError, match="not a list of str"):
+        model.generate(["one", "two"])

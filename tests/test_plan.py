@@ -229,7 +229,15 @@ def test_a_pack_is_planned_from_its_own_bytes(tmp_path):
     from safetensors.numpy import save_file
 
     (tmp_path / "config.json").write_text(json.dumps(published.hub_config("olmoe-1b-7b")))
-    parts = {"experts": "q4", "down": "q4", "trunk": "q8", "head": "q8", "router": "f32", "embedding": "q8", "small": "f32"}
+    parts = {
+        "experts": "q4",
+        "down": "q4",
+        "trunk": "q8",
+        "head": "q8",
+        "router": "f32",
+        "embedding": "q8",
+        "small": "f32",
+    }
     (tmp_path / "fewfire.json").write_text(json.dumps({"formats": parts, "overrides": {}}))
     (tmp_path / "experts.bin").write_bytes(b"\0" * 4096 * 64 * 16)
     save_file({"embed.weight": np.zeros(1000, np.uint8), "norm.weight": np.zeros(24, np.float32)},

@@ -96,6 +96,13 @@ def test_a_hot_set_is_there_from_the_start(folder):
     assert [layer.misses for layer in counts.layers] == [0, 6, 6]
 
 
+def test_a_hot_set_of_another_model_is_refused(folder):
+    pack = open_pack(tiny_packs.make(folder, "olmoe"))
+    for wrong in ((0, pack.layout.experts[0].num_experts), (len(pack.layout.experts), 0), (-1, 0)):
+        with pytest.raises(ConfigError, match=f"expert {wrong[1]} of layer {wrong[0]}"):
+            streamed(pack, 12, hot=[(0, 0), wrong])
+
+
 @pytest.mark.parametrize("name", tiny_packs.HYBRIDS)
 def test_torch_runs_around_native_experts(folder, name):
     path, ids = tiny_packs.make(folder, name), draw_ids(1, 40)

@@ -112,6 +112,16 @@ def test_byte_level_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
 
 
+def test_a_prepared_tokenizer_grows_no_longer() -> None:
+    prepared = train_bpe(TEXTS, 400, special_tokens=("<|endoftext|>", "<|im_start|>"))
+    prepared.prepare()
+    tables = set(vars(prepared))
+    assert prepared.decode(prepared.encode(TEXTS[2])) == TEXTS[2]
+    assert prepared.eos_token_id in prepared.end_token_ids and prepared.token_to_id("<|im_start|>") is not None
+    assert prepared.encode("a", add_special=True) and prepared.vocab_size > 256
+    assert set(vars(prepared)) - tables <= {"vocab_size", "special_ids"}  # small: a number, the added tokens
+
+
 @given(text=st.text(alphabet=st.one_of(st.sampled_from("ab \u2581<>"), st.characters(exclude_categories=["Cs"]))))
 @settings(max_examples=200, deadline=None)
 def test_pieces_round_trip(text: str) -> None:

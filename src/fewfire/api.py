@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -180,9 +180,14 @@ class Model:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids of a prompt; a text gets what the tokenizer puts around texts. Ids are returned as they are.
 
-        Raises: ConfigError for a text where there is no tokenizer.
+        Raises: ConfigError for a text where there is no tokenizer, and for what is neither a text nor ids.
         """
         if not isinstance(prompt, str):
+            wrong = next((each for each in prompt if not isinstance(each, SupportsIndex)), None)
+            what = type(wrong).__name__
+            check(
+                wrong is None, f"a prompt is one text or its token ids, not a list of {what}; call once for each text"
+            )
             return [int(each) for each in prompt]
         return self._text_side().encode(prompt, add_special=True)
 

@@ -91,7 +91,17 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in the process from now on; call it once where training starts. False where it cannot be done.
 
     glibc hands every large block back at each free, and the next step faults its pages in again: on 2 cores this was
-    about half of the time of a MoE layer's forward and backward over 8,192 tokens. Cannot be undone.
+    about half of the time of a MoE layer's forward and backward over 8,192 tokens.
     """
     module = _load()
     return module is not None and module.keep_freed_memory()
+
+
+def return_freed_memory() -> bool:
+    """Give blocks of 1 MiB and more back at each free from now on: a memory budget counts on it. False where it cannot.
+
+    glibc raises the size from which it does so with every large block that is freed; then some 10 MB stay with the
+    process that nothing uses.
+    """
+    module = _load()
+    return module is not None and module.return_freed_memory()

@@ -118,7 +118,9 @@ def read_pack_formats(folder: Path) -> Formats:
     named, overrides = manifest.get("formats"), manifest.get("overrides") or {}
     parts = ("experts", "down", "trunk", "head", "router", "embedding", "small")
     if not isinstance(named, dict) or not isinstance(overrides, dict):
-        raise FormatError("formats and overrides are not objects; make the pack again", path=str(path), record="formats")
+        raise FormatError(
+            "formats and overrides are not objects; make the pack again", path=str(path), record="formats"
+        )
     for name in (*(named.get(part) for part in parts), *overrides.values()):
         if name not in FORMAT_NAMES:
             raise FormatError(f"{name} is no format; make the pack again", path=str(path), record="formats")

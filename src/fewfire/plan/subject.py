@@ -121,9 +121,7 @@ def _from_folder(folder: Path, ignore: tuple[str, ...]) -> Subject:
     name = folder.resolve().name
     counts = count(config)
     if is_pack(folder):
-        return Subject(
-            name, config, counts, stored=read_stored_pack(folder, config), formats=read_pack_formats(folder)
-        )
+        return Subject(name, config, counts, stored=read_stored_pack(folder, config), formats=read_pack_formats(folder))
     if not any(folder.glob("*.safetensors*")):
         return Subject(name, config, counts, explained=("no weights beside config.json: bytes are the formula's",))
     stored = read_stored(folder, config)

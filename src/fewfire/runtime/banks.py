@@ -172,13 +172,20 @@ class ResidentExperts(_Experts):
 class StreamedExperts(_Experts):
     """Experts in slots of one budget for all layers; what is in none is read when a token wants it.
 
-    `num_bytes`: of all slots. Raises: ConfigError where experts.bin cannot be read.
+    `num_bytes`: of all slots. Raises: ConfigError where experts.bin cannot be read, or the hot set is another model's.
     """
 
     def __init__(self, pack: Pack, num_bytes: int, settings: Streaming | None = None):
         module = native()
         assert module is not None
         self.pack, self.settings = pack, settings or Streaming()
+        held = [layer.num_experts for layer in pack.layout.experts]
+        for layer, expert in self.settings.hot:
+            fits = 0 <= layer < len(held) and 0 <= expert < held[layer]
+            check(
+                fits,
+                f"the hot set names expert {expert} of layer {layer}, which this model has not; record a trace on it",
+            )
         self.slot_bytes = max(layer.record_bytes for layer in pack.layout.experts)
         self.num_records = sum(layer.num_experts for layer in pack.layout.experts)
         self.slots = self._slots_of(num_bytes)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fewfire.checkpoints.pack import Pack, open_pack
 from fewfire.config import MoEConfig, check
-from fewfire.kernels.isa import native
+from fewfire.kernels.isa import native, return_freed_memory
 from fewfire.model.build import build_model
 from fewfire.model.decoder import Decoder
 from fewfire.model.encoder_decoder import EncoderDecoder
@@ -64,6 +64,7 @@ def load_pack(
         if dtype is None:
             warnings.warn(f"{folder} runs on torch, dequantized, instead of the native engine: {why}", stacklevel=2)
         return load_packed_module(folder, dtype=dtype)
+    return_freed_memory()
     threads = torch.get_num_threads()
     check_floor(
         budget,
