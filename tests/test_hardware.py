@@ -133,6 +133,8 @@ def test_measured_kernels_take_the_place_of_peaks(tmp_path, monkeypatch):
         assert here.load_profile() == profile(kernels=kernels)
         made[name] = plan("olmoe-1b-7b", quant="q4", hardware="here", memory="2GiB")
     measured, peaks = made["measured"].machines[0], made["peaks"].machines[0]
+    for machine in (measured, peaks):
+        assert machine.decode_range[0] <= machine.decode.tokens_per_s <= machine.decode_range[1] * (1 + 1e-9)
     assert measured.decode.seconds > peaks.decode.seconds and measured.decode.bound == "compute"
     assert measured.decode.launch_s == pytest.approx(16 * 10 * 1e-5 + STEP_S)
     assert measured.prefill.seconds > 512 / measured.prefill.tokens_per_s > 0

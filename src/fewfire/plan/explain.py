@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fewfire.errors import ConfigError
 from fewfire.plan.memory import bits_per_weight
+from fewfire.plan.rates import OVERLAP
 from fewfire.sizes import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def _machines(plan: Plan) -> list[Explanation]:
         how = "batch / (sum over attention, trunk, experts of max(bytes / rate, FLOPs / rate) + launches + links)"
         if part.kernels is not None:
             how = (
-                "batch / (sum over attention, trunk, experts of max(reading, arithmetic) + 0.15 min of them + launches)"
+                "batch / (sum over attention, trunk, experts of max(reading, arithmetic) "
+                f"+ {1 - OVERLAP:.2f} min of them + launches)"
             )
         rows.append(
             Explanation(

@@ -220,10 +220,12 @@ def plan_machine(
 
 
 def _range(work: Workload, system: System, layout: Layout, batch: int, assume: Assumptions) -> tuple[float, float]:
-    """Decode speed with every share of a peak taken at 0.7 and at 1.15 of its value (never above 0.95 of the peak)."""
+    """Decode speed with every share of a peak taken at 0.7 and at 1.15 of its value (never above 0.95 of the peak,
+    or above the value: what was measured is whole)."""
     speeds = []
+    own = assume.efficiency or system.part.efficiency
     for factor in RANGE:
-        share = min(0.95, (assume.efficiency or system.part.efficiency) * factor)
+        share = min(max(0.95, own), own * factor)
         varied = replace(assume, efficiency=share, decode_mfu=assume.decode_mfu * factor)
         speeds.append(decode_step(work, system, layout, batch, varied).tokens_per_s)
     return speeds[0], speeds[1]
