@@ -113,6 +113,23 @@ def test_a_hundred_budgets(wide):
         assert expected.setdefault(context, tokens) == tokens
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_large_vocabulary_stays_below_its_budget(tmp_path):
+    """150,000 tokens: their tables must not come after the experts have taken what is left."""
+    path, seen = tmp_path / "pack", set()
+    with pytest.raises(SystemExit):
+        main(["init", "qwen3-30b-a3b", str(path), "--quant", "q4", "--layers", "1", "--seed", "1", "--json"])
+    command = [sys.executable, "-m", "fewfire", "generate", str(path), "--max-tokens", "8", "--json", "--threads", "2"]
+    for more in (0, 8 * 2**20, 40 * 2**20):
+        budget = floor_of(path, 4096) + more
+        asked = [*command, "--prompt", "the router picks " * 150, "--memory", str(budget)]
+        made = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+        assert made["peak_rss_bytes"] <= budget
+        seen.add(tuple(made["token_ids"]))
+    assert len(seen) == 1
+
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
