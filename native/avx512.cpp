@@ -98,20 +98,14 @@ struct Avx512Ops {
     template <int kTokens, int kRuns>
     static void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, const Tile& tile,
                               const std::int32_t* starts, const Totals& totals, Ahead& ahead) {
-        constexpr std::int64_t kQuads = 32 / kRuns;
-        TileJob job{.gap = panel.gap, .steps = kQuads, .totals = totals.first, .ahead_step = ahead.part_bytes / kQuads, .stride = totals.stride * 4};
+        static_assert(kMostBlocks == 4 && kRows == 16);
+        const std::int64_t group = first * kTokens;
+        TileRun at{tile.codes + group * kGroup, panel.bytes, starts + group * kRuns, panel.scales, tile.scales + group,
+                   totals.first, totals.stride * 4, panel.gap, ahead.part_bytes * kRuns / 16};
         for (std::int64_t g = 0; g < some; ++g) {
-            const std::int8_t* codes = tile.codes + (first + g) * kTokens * kGroup;
-            job.token_scales = tile.scales + (first + g) * kTokens;
-            for (std::int64_t run = 0; run < kRuns; ++run) {
-                job.codes = codes + run * kQuads * 4;
-                job.next = codes + kTokens * kGroup + run * kQuads * 64;
-                job.ahead = ahead.next();
-                job.bytes = panel.bytes + (g * kRuns + run) * kQuads * 64;
-                job.scales = panel.scales + (g * kRuns + run) * kMostBlocks * kRows;
-                job.starts = starts + ((first + g) * kRuns + run) * kTokens;
-                run_tile<kTokens>(job);
-            }
+            unroll<kRuns>([&](auto) { run_tile<kTokens, 32 / kRuns>(at, ahead.next()); });
+            at.codes += (kTokens - 1) * kGroup;
+            at.token_scales += kTokens;
         }
     }
 

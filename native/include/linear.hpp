@@ -81,7 +81,7 @@ void multiply_direct(const Matrix& weight, std::int64_t block, const Tile& tile,
     unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(), below[t] = Ops::zero_float(); });
     const std::int64_t groups = weight.groups();
     const std::int8_t* at = tile.codes;
-    const std::uint8_t* codes = Place(weight, block, 0).codes;
+    const std::uint8_t* codes = Place<kFormat>(weight, block, 0).codes;
     for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup, codes += kGroupBytes<kFormat>.codes) {
         float* scales = room.scales + g * kRuns * kRows;
         float* minima = room.minima + g * kRuns * kRows;
@@ -125,7 +125,7 @@ void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, con
     typename Ops::Float total[kTokens];
     unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
     const std::int8_t* at = tile.codes;
-    const Place place(weight, block, 0);
+    const Place<WeightFormat::kQ4> place(weight, block, 0);
     const std::uint8_t *codes = place.codes, *scales = place.scales;
     for (std::int64_t g = 0; g < weight.groups(); ++g, at += kTokens * kGroup) {
         const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
@@ -179,7 +179,7 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
         const Target target{out + block * kRows, out_stride, std::min(kRows, weight.rows - block * kRows)};
         for (std::int64_t g = 0; !kIsQ4 && g < groups; ++g) {
             const std::int64_t at = g * kRuns * kRows;
-            read_scales<Ops>(kFormat, Place(weight, block, g), room.scales + at, room.minima + at, kRows);
+            read_scales<Ops>(Place<kFormat>(weight, block, g), room.scales + at, room.minima + at, kRows);
         }
         for_number<kDirectTokens>(n, [&](auto tokens) {
             if constexpr (kIsQ4) {
@@ -202,15 +202,18 @@ struct Panel {
     float *scales, *minima;  // ((group, run), kMostBlocks, 16)
 };
 
-// What is unpacked next: the codes of up to kMostBlocks blocks, in parts that are fetched one at a time.
+// What is unpacked next: the codes of up to kMostBlocks blocks, each in parts that are fetched one at a time.
 struct Ahead {
     const std::uint8_t* codes[kMostBlocks] = {};
-    std::int64_t parts = 1, part_bytes = 0, count = 0, at = 0;  // parts of a block; of all; how many were fetched
+    std::int64_t parts = 1, part_bytes = 0, blocks = 0;  // parts of a block
+    std::int64_t block = 0, part = 0;                    // what is fetched next
 
     // The next part; where none is left, one that was fetched.
     const std::uint8_t* next() {
-        const std::int64_t part = at < count ? at++ : 0;
-        return codes[part / parts] + part % parts * part_bytes;
+        if (block == blocks) return codes[0];
+        const std::uint8_t* found = codes[block] + part * part_bytes;
+        if (++part == parts) part = 0, ++block;
+        return found;
     }
 };
 
@@ -223,7 +226,7 @@ constexpr bool kIsBytes = kFormat == WeightFormat::kQ8 || kFormat == WeightForma
 template <class Ops, WeightFormat kFormat>
 void unpack_bytes(const Matrix& weight, std::int64_t block, std::int64_t first, std::int64_t some, std::uint8_t* to) {
     for (std::int64_t g = first; g < first + some; ++g) {
-        const Place place(weight, block, g);
+        const Place<kFormat> place(weight, block, g);
         if constexpr (kIsBytes<kFormat>) {
             std::memcpy(to, place.codes, kGroup * kRows);
             to += kGroup * kRows;
@@ -366,12 +369,12 @@ private:
         for (int b = 0; b < blocks; ++b) {
             for (std::int64_t g = 0; g < some; ++g) {
                 const std::int64_t at = (g * kRuns * kMostBlocks + b) * kRows;
-                read_scales<Ops>(kFormat, Place(weight_, block + b, first + g), scales_ + at, minima_ + at, kMostBlocks * kRows);
+                read_scales<Ops>(Place<kFormat>(weight_, block + b, first + g), scales_ + at, minima_ + at, kMostBlocks * kRows);
             }
         }
         if (kIsBytes<kFormat> && blocks == Ops::kBlocks) {  // they lie as they are multiplied
-            const std::int64_t gap = stored_groups(weight_) * kGroup * kRows;
-            return {Place(weight_, block, first).codes, gap, scales_, minima_};
+            const std::int64_t gap = stored_groups<kFormat>(weight_) * kGroup * kRows;
+            return {Place<kFormat>(weight_, block, first).codes, gap, scales_, minima_};
         }
         for (int b = 0; b < blocks; ++b) unpack_bytes<Ops, kFormat>(weight_, block + b, first, some, bytes_ + b * kPanelGap);
         return {bytes_, kPanelGap, scales_, minima_};
@@ -384,9 +387,9 @@ private:
         const std::int64_t some = std::min(kPanelGroups, tiles_.groups - group);
         const std::int64_t bytes = some * kGroupBytes<kFormat>.codes, scale_bytes = some * kGroupBytes<kFormat>.scales / kGroupBytes<kFormat>.scale_groups;
         const std::int64_t parts = std::max<std::int64_t>(1, tiles_.tiles * kPanelGroups * kRuns / std::max<std::int64_t>(1, blocks));
-        ahead_ = {.parts = parts, .part_bytes = blocks > 0 ? (bytes / parts + 63) / 64 * 64 : 0, .count = blocks * parts};
+        ahead_ = {.codes = {bytes_}, .parts = parts, .part_bytes = blocks > 0 ? (bytes / parts + 63) / 64 * 64 : 0, .blocks = blocks};
         for (std::int64_t b = 0; b < blocks; ++b) {
-            const Place place(weight_, block + b, group);
+            const Place<kFormat> place(weight_, block + b, group);
             ahead_.codes[b] = place.codes;
             for (std::int64_t at = 0; at < scale_bytes; at += 64) Ops::prefetch(place.scales + at);
         }
@@ -413,17 +416,20 @@ private:
 
     // Blocks that are not there are multiplied too, and their totals not looked at.
     void add_groups(const Panel& panel, int blocks, std::int64_t first, std::int64_t some, const Totals& totals) {
-        for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
-            const std::int32_t* starts = starts_ + tiles_.begin(i) * tiles_.groups * kRuns;
-            const Totals own{totals.first + tiles_.begin(i) * totals.stride, totals.stride};
+        std::int64_t i = 0;
+        const auto add_tiles = [&](std::int64_t end) {
+            if (i == end) return;
             for_number<Ops::kTokens>(static_cast<int>(tiles_.size(i)), [&](auto tokens) {
-                multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, own, ahead_);
+                for (; i < end; ++i) {
+                    const std::int32_t* starts = starts_ + tiles_.begin(i) * tiles_.groups * kRuns;
+                    const Totals own{totals.first + tiles_.begin(i) * totals.stride, totals.stride};
+                    multiply_tile<Ops, tokens(), kRuns>(panel, first, some, Tile(tiles_, i), starts, own, ahead_);
+                }
             });
-            for (std::int64_t g = 0; g < some; ++g) {
-                const std::int64_t at = g * kRuns * kMostBlocks * kRows;
-                wide_.add_group(i, first + g, {panel.bytes + g * kGroup * kRows, panel.gap, panel.scales + at, panel.minima + at});
-            }
-        }
+        };
+        add_tiles(tiles_.larger);
+        add_tiles(tiles_.tiles);
+        wide_.add_groups(first, some, {panel.bytes, panel.gap, panel.scales, panel.minima});
         if constexpr (kHasMinimum) add_panel_minima(panel, blocks, first, some);
     }
 
@@ -467,7 +473,7 @@ void read_quantized_row(const Matrix& weight, std::int64_t row, float* out) {
     alignas(64) std::uint8_t room[kGroup * kRows];
     alignas(64) float scales[kRunsOfGroup * kRows], minima[kRunsOfGroup * kRows];
     for (std::int64_t g = 0; g < weight.groups(); ++g) {
-        read_scales<Ops>(kFormat, Place(weight, block, g), scales, minima, kRows);
+        read_scales<Ops>(Place<kFormat>(weight, block, g), scales, minima, kRows);
         unpack_bytes<Ops, kFormat>(weight, block, g, 1, room);
         for (std::int64_t c = 0; c < std::min(kGroup, weight.columns - g * kGroup); ++c) {
             const std::int64_t run = c / kColumns;

@@ -1,7 +1,8 @@
 // The innermost loop of products in AVX-512 VNNI, in assembly: four blocks of 16 rows times up to 6 tokens, 24 sums in
 // registers. Compilers spill some of them or copy all at every step; here the loop is what the processor is asked to do.
-// Four blocks by six tokens rather than two by twelve: fewer instructions a product, which counts where another thread
-// of the same core wants to be fed too.
+// What counts is instructions: where another thread of the same core wants to be fed too, they are what there is too few
+// of. So there are four blocks by six tokens rather than two by twelve, four steps a turn, and two of six tokens' codes
+// are read by the products themselves (more of them would want more reads than there are).
 #pragma once
 
 #include <cstdint>
@@ -9,61 +10,68 @@
 namespace fewfire {
 namespace {
 
-// One run of columns. Offsets are known to the assembly.
-struct TileJob {
-    const std::int8_t* codes = nullptr;    // 0: of the tokens, 128 bytes apart
-    const std::uint8_t* bytes = nullptr;   // 8: of the first block, 64 for every four columns
-    std::int64_t gap = 0;                  // 16: from one block to the next
-    const std::int32_t* starts = nullptr;  // 24: one a token
-    const std::int8_t* next = nullptr;     // 32: codes that follow, fetched meanwhile, 64 bytes a step
-    std::int64_t steps = 0;                // 40: of four columns
-    const float* scales = nullptr;         // 48: (4, 16)
-    const float* token_scales = nullptr;   // 56: one a token
-    float* totals = nullptr;               // 64: (4, 16) of a token, to which the sums are added
-    const std::uint8_t* ahead = nullptr;   // 72: weights that follow, fetched meanwhile
-    std::int64_t ahead_step = 0;           // 80: bytes of them a step
-    std::int64_t stride = 0;               // 88: bytes from one token's totals to the next one's
+// Where one run of columns finds its numbers. All but the last four move on to the next run of the same group.
+struct TileRun {
+    const std::int8_t* codes;     // of the tokens, 128 bytes apart
+    const std::uint8_t* bytes;    // of the first block, 64 for every four columns
+    const std::int32_t* starts;   // one a token
+    const float* scales;          // (4, 16)
+    const float* token_scales;    // one a token
+    float* totals;                // (4, 16) of a token, to which the sums are added
+    std::int64_t stride;          // bytes from one token's totals to the next one's
+    std::int64_t gap;             // bytes from one block to the next
+    std::int64_t ahead_step;      // of the weights that follow: bytes from one fetch to the next, two for every four steps
 };
 
-#define FEWFIRE_START(t, a, b, c, d)                                                                    \
-    ".if %c[n] > " #t "\n vpbroadcastd 4*" #t "(%%rsi), %%zmm" #a "\n vmovdqa64 %%zmm" #a ", %%zmm" #b        \
+#define FEWFIRE_START(t, a, b, c, d)                                                                             \
+    ".if %c[n] > " #t "\n vpbroadcastd 4*" #t "(%[starts]), %%zmm" #a "\n vmovdqa64 %%zmm" #a ", %%zmm" #b             \
     "\n vmovdqa64 %%zmm" #a ", %%zmm" #c "\n vmovdqa64 %%zmm" #a ", %%zmm" #d "\n.endif\n"
-#define FEWFIRE_DOT(t, a, b, c, d)                                                                      \
-    ".if %c[n] > " #t "\n vpbroadcastd 128*" #t "(%%rax), %%zmm4\n vpdpbusd %%zmm4, %%zmm0, %%zmm" #a         \
-    "\n vpdpbusd %%zmm4, %%zmm1, %%zmm" #b "\n vpdpbusd %%zmm4, %%zmm2, %%zmm" #c                            \
+#define FEWFIRE_DOT(t, a, b, c, d)                                                                               \
+    ".if %c[n] > " #t "\n vpbroadcastd 128*" #t "+4*\\step(%[codes]), %%zmm4\n vpdpbusd %%zmm4, %%zmm0, %%zmm" #a      \
+    "\n vpdpbusd %%zmm4, %%zmm1, %%zmm" #b "\n vpdpbusd %%zmm4, %%zmm2, %%zmm" #c                                     \
     "\n vpdpbusd %%zmm4, %%zmm3, %%zmm" #d "\n.endif\n"
-#define FEWFIRE_ADD(at, a)                                                                              \
-    " vmulps " at "(%%rdi), %%zmm0, %%zmm1\n vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n vmulps %%zmm" #a          \
-    ", %%zmm1, %%zmm" #a "\n vaddps " at "(%%r9), %%zmm" #a ", %%zmm" #a "\n vmovups %%zmm" #a ", " at "(%%r9)\n"
-#define FEWFIRE_SCALE(t, a, b, c, d)                                                                    \
-    ".if %c[n] > " #t "\n vbroadcastss 4*" #t "(%%r8), %%zmm0\n" FEWFIRE_ADD("0", a)                      \
-        FEWFIRE_ADD("64", b) FEWFIRE_ADD("128", c) FEWFIRE_ADD("192", d) " add %%r14, %%r9\n.endif\n"
-#define FEWFIRE_TOKENS(M) \
-    M(0, 8, 9, 10, 11) M(1, 12, 13, 14, 15) M(2, 16, 17, 18, 19) M(3, 20, 21, 22, 23) M(4, 24, 25, 26, 27) M(5, 28, 29, 30, 31)
+#define FEWFIRE_DOT_READING(t, a, b, c, d)                                                                       \
+    ".if %c[n] > " #t "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm0, %%zmm" #a                          \
+    "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm1, %%zmm" #b                                            \
+    "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm2, %%zmm" #c                                            \
+    "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm3, %%zmm" #d "\n.endif\n"
+#define FEWFIRE_ADD(at, a)                                                                                       \
+    " vmulps " at "(%[scales]), %%zmm0, %%zmm1\n vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n vmulps %%zmm" #a               \
+    ", %%zmm1, %%zmm" #a "\n vaddps " at "(%[room]), %%zmm" #a ", %%zmm" #a "\n vmovups %%zmm" #a ", " at "(%[room])\n"
+#define FEWFIRE_SCALE(t, a, b, c, d)                                                                             \
+    ".if %c[n] > " #t "\n vbroadcastss 4*" #t "(%[token_scales]), %%zmm0\n" FEWFIRE_ADD("0", a)                       \
+        FEWFIRE_ADD("64", b) FEWFIRE_ADD("128", c) FEWFIRE_ADD("192", d) " add %[stride], %[room]\n.endif\n"
+#define FEWFIRE_TOKENS(M, N) \
+    M(0, 8, 9, 10, 11) M(1, 12, 13, 14, 15) N(2, 16, 17, 18, 19) M(3, 20, 21, 22, 23) M(4, 24, 25, 26, 27) N(5, 28, 29, 30, 31)
 
-template <int kTokens>
-[[gnu::always_inline]] inline void run_tile(const TileJob& job) {
-    static_assert(kTokens >= 1 && kTokens <= 6);
+// kSteps times four columns; `ahead`: the weights that follow, fetched meanwhile.
+template <int kTokens, int kSteps>
+[[gnu::always_inline]] inline void run_tile(TileRun& run, const std::uint8_t* ahead) {
+    static_assert(kTokens >= 1 && kTokens <= 6 && kSteps % 4 == 0);
+    std::int64_t room = kSteps / 4;  // counts turns, then walks the totals
     __asm__ volatile(
-        "mov 24(%[job]), %%rsi\n" FEWFIRE_TOKENS(FEWFIRE_START)
-        "mov 0(%[job]), %%rax\n mov 8(%[job]), %%rbx\n mov 16(%[job]), %%rcx\n lea (%%rcx, %%rcx, 2), %%r10\n"
-        "mov 32(%[job]), %%rdx\n mov 40(%[job]), %%r11\n mov 48(%[job]), %%rdi\n mov 56(%[job]), %%r8\n"
-        "mov 64(%[job]), %%r9\n mov 72(%[job]), %%r12\n mov 80(%[job]), %%r13\n mov 88(%[job]), %%r14\n"
+        FEWFIRE_TOKENS(FEWFIRE_START, FEWFIRE_START)
         ".p2align 6\n"
-        "1: vmovdqu64 (%%rbx), %%zmm0\n vmovdqu64 (%%rbx, %%rcx), %%zmm1\n"
-        " vmovdqu64 (%%rbx, %%rcx, 2), %%zmm2\n vmovdqu64 (%%rbx, %%r10), %%zmm3\n"
-        " prefetcht0 (%%rdx)\n prefetcht1 (%%r12)\n" FEWFIRE_TOKENS(FEWFIRE_DOT)
-        " add $4, %%rax\n add $64, %%rbx\n add $64, %%rdx\n add %%r13, %%r12\n dec %%r11\n jnz 1b\n"
-        FEWFIRE_TOKENS(FEWFIRE_SCALE)
-        :
-        : [job] "r"(&job), [n] "i"(kTokens)
-        : "memory", "cc", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "zmm0", "zmm1", "zmm2", "zmm3",
-          "zmm4", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19",
-          "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27", "zmm28", "zmm29", "zmm30", "zmm31");
+        "1:\n .irp step, 0, 1, 2, 3\n"
+        " vmovdqu64 64*\\step(%[bytes]), %%zmm0\n vmovdqu64 64*\\step(%[bytes], %[gap]), %%zmm1\n"
+        " vmovdqu64 64*\\step(%[bytes], %[gap], 2), %%zmm2\n vmovdqu64 64*\\step(%[bytes], %[gaps]), %%zmm3\n"
+        " .if \\step %% 2 == 0\n prefetcht1 (%[ahead])\n add %[ahead_step], %[ahead]\n .endif\n"
+        FEWFIRE_TOKENS(FEWFIRE_DOT, FEWFIRE_DOT_READING)
+        " .endr\n add $16, %[codes]\n add $256, %[bytes]\n dec %[room]\n jnz 1b\n"
+        " mov %[totals], %[room]\n" FEWFIRE_TOKENS(FEWFIRE_SCALE, FEWFIRE_SCALE)
+        : [codes] "+r"(run.codes), [bytes] "+r"(run.bytes), [ahead] "+r"(ahead), [room] "+r"(room)
+        : [starts] "r"(run.starts), [scales] "r"(run.scales), [token_scales] "r"(run.token_scales), [totals] "r"(run.totals),
+          [stride] "r"(run.stride), [gap] "r"(run.gap), [gaps] "r"(3 * run.gap), [ahead_step] "r"(run.ahead_step), [n] "i"(kTokens)
+        : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14",
+          "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27",
+          "zmm28", "zmm29", "zmm30", "zmm31");
+    run.starts += kTokens;
+    run.scales += 4 * 16;
 }
 
 #undef FEWFIRE_START
 #undef FEWFIRE_DOT
+#undef FEWFIRE_DOT_READING
 #undef FEWFIRE_ADD
 #undef FEWFIRE_SCALE
 #undef FEWFIRE_TOKENS

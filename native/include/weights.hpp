@@ -57,22 +57,24 @@ template <WeightFormat kFormat>
 constexpr GroupBytes kGroupBytes = group_bytes(kFormat);
 
 // Groups of a block as stored: K formats come in pairs.
-inline std::int64_t stored_groups(const Matrix& weight) {
-    const std::int64_t pair = group_bytes(weight.format).scale_groups;
-    return (weight.groups() + pair - 1) / pair * pair;
+template <WeightFormat kFormat>
+std::int64_t stored_groups(const Matrix& weight) {
+    constexpr std::int64_t kPair = kGroupBytes<kFormat>.scale_groups;
+    return (weight.groups() + kPair - 1) / kPair * kPair;
 }
 
-// Where group g of a block lies.
+// Where group g of a block lies. The format is known beforehand: divisions cost more than what is found by them.
+template <WeightFormat kFormat>
 struct Place {
     const std::uint8_t *codes, *scales;
     int half;  // which of the groups that share scales
 
     Place(const Matrix& weight, std::int64_t block, std::int64_t g) {
-        const GroupBytes bytes = group_bytes(weight.format);
-        const std::int64_t at = block * stored_groups(weight) + g;
-        codes = weight.codes + at * bytes.codes;
-        scales = weight.scales + at / bytes.scale_groups * bytes.scales;
-        half = static_cast<int>(at % bytes.scale_groups);
+        constexpr GroupBytes kBytes = kGroupBytes<kFormat>;
+        const std::int64_t at = block * stored_groups<kFormat>(weight) + g;
+        codes = weight.codes + at * kBytes.codes;
+        scales = weight.scales + at / kBytes.scale_groups * kBytes.scales;
+        half = static_cast<int>(at % kBytes.scale_groups);
     }
 };
 
@@ -94,10 +96,10 @@ inline Words16 k_number(int j, Words16 own, Words16 third, bool minimum) {
 }
 
 // The scales of one group, (runs, 16) at `scales`, each run `step` floats apart; minima likewise where there are any.
-template <class Ops>
-void read_scales(WeightFormat format, const Place& place, float* scales, float* minima, std::int64_t step) {
+template <class Ops, WeightFormat kFormat>
+void read_scales(const Place<kFormat>& place, float* scales, float* minima, std::int64_t step) {
     const auto half = [&](std::int64_t at) { return Ops::load_half(place.scales + at); };
-    switch (format) {
+    switch (kFormat) {
         case WeightFormat::kQ8:
         case WeightFormat::kQ4: return Ops::store_floats(scales, Ops::load_bf16(place.scales));
         case WeightFormat::kMxfp4:
@@ -111,7 +113,7 @@ void read_scales(WeightFormat format, const Place& place, float* scales, float* 
         case WeightFormat::kQ4_1:
             for (int run = 0; run < 4; ++run) {
                 Ops::store_floats(scales + run * step, half(32 * run));
-                if (format == WeightFormat::kQ4_1) Ops::store_floats(minima + run * step, half(128 + 32 * run));
+                if (kFormat == WeightFormat::kQ4_1) Ops::store_floats(minima + run * step, half(128 + 32 * run));
             }
             return;
         case WeightFormat::kQ4K: {

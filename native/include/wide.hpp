@@ -34,16 +34,16 @@ struct GroupScales {
     static constexpr int kRuns = kGroupBytes<kFormat>.runs;
     alignas(64) float scales[kRuns * kRows];
     alignas(64) float minima[kRuns * kRows];
-    Place place;
+    Place<kFormat> place;
 
     GroupScales(const Matrix& weight, std::int64_t block, std::int64_t g) : place(weight, block, g) {
-        read_scales<Ops>(kFormat, place, scales, minima, kRows);
+        read_scales<Ops>(place, scales, minima, kRows);
     }
 };
 
 // The rows of a block times the four columns of a quad, exact.
 template <class Ops, WeightFormat kFormat>
-typename Ops::Int multiply_quad(const Place& place, const WideQuad& wide) {
+typename Ops::Int multiply_quad(const Place<kFormat>& place, const WideQuad& wide) {
     std::int8_t bytes[4];
     std::memcpy(bytes, &wide.word, 4);
     const typename Ops::Word word = Ops::word(bytes);
@@ -73,11 +73,11 @@ constexpr std::int64_t wide_bytes(std::int64_t groups, std::int64_t tokens) {
     return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kMostBlocks * kRows * 4 + 12) + 64;
 }
 
-// One group of some blocks as bytes + 128, as products of many tokens unpack it (see Panel).
-struct UnpackedGroup {
+// Some groups of some blocks as bytes + 128, as products of many tokens unpack them (see Panel).
+struct UnpackedGroups {
     const std::uint8_t* bytes;  // block b's at b * gap
     std::int64_t gap;
-    const float *scales, *minima;  // (runs, kMostBlocks, 16)
+    const float *scales, *minima;  // (groups, runs, kMostBlocks, 16)
 };
 
 // All wide quads of some tiles, added to the products of some blocks after another.
@@ -115,7 +115,7 @@ public:
         finish(target);
     }
 
-    // The same in three parts for several blocks, whose groups come unpacked and in order, each for one tile after another.
+    // The same in three parts for several blocks, whose groups come unpacked and in order, some at a time.
     void begin() {
         std::memcpy(next_, firsts_, static_cast<std::size_t>(tiles_.tiles) * 4);
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
@@ -123,19 +123,11 @@ public:
         }
     }
 
-    void add_group(std::int64_t tile, std::int64_t group, const UnpackedGroup& of) {
-        for (std::int32_t& at = next_[tile]; at < firsts_[tile + 1] && quads_[at].group == group; ++at) {
-            const WideQuad& wide = quads_[at];
-            std::int8_t bytes[4];
-            std::memcpy(bytes, &wide.word, 4);
-            const typename Ops::Word word = Ops::word(bytes);
-            const std::int32_t start = -kByteOffset * wide.sum;
-            const std::int64_t run = run_of(wide) * kMostBlocks * kRows;
-            unroll<Ops::kBlocks>([&](auto b) {
-                const typename Ops::Bytes weights = Ops::load_bytes(of.bytes + b * of.gap + wide.quad * 64);
-                const std::int64_t row = run + b * kRows;
-                add_quad(wide, b, Ops::dot(Ops::start(&start), weights, word), of.scales + row, of.minima + row);
-            });
+    void add_groups(std::int64_t first, std::int64_t some, const UnpackedGroups& of) {
+        for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
+            std::int32_t at = next_[i];
+            for (; at < firsts_[i + 1] && quads_[at].group < first + some; ++at) add_unpacked(quads_[at], quads_[at].group - first, of);
+            next_[i] = at;
         }
     }
 
@@ -154,6 +146,20 @@ public:
     }
 
 private:
+    // `group`: which of the unpacked ones.
+    void add_unpacked(const WideQuad& wide, std::int64_t group, const UnpackedGroups& of) {
+        std::int8_t bytes[4];
+        std::memcpy(bytes, &wide.word, 4);
+        const typename Ops::Word word = Ops::word(bytes);
+        const std::int32_t start = -kByteOffset * wide.sum;
+        const std::int64_t run = (group * kGroupBytes<kFormat>.runs + run_of(wide)) * kMostBlocks * kRows;
+        unroll<Ops::kBlocks>([&](auto b) {
+            const typename Ops::Bytes weights = Ops::load_bytes(of.bytes + b * of.gap + (group * kGroup / 4 + wide.quad) * 64);
+            const std::int64_t row = run + b * kRows;
+            add_quad(wide, b, Ops::dot(Ops::start(&start), weights, word), of.scales + row, of.minima + row);
+        });
+    }
+
     static std::int64_t run_of(const WideQuad& wide) { return wide.quad / (32 / GroupScales<Ops, kFormat>::kRuns); }
     float* sums_of(std::int64_t token) const { return sums_ + token * kMostBlocks * kRows; }
 
