@@ -13,10 +13,16 @@ namespace {
 constexpr std::int64_t kBatchSlots = 1024;  // hidden rows that are made before they are used
 constexpr std::int64_t kLooseSlots = 512;   // up to here every slot's output is kept, and experts may come in any order
 constexpr std::int64_t kDenseSlots = 6;     // slots an expert from which nearly all experts are wanted
+constexpr std::int64_t kFetchAhead = 4;     // tokens whose sums, far apart, are fetched before they are added to
+constexpr std::int64_t kCachedTokens = 256;
 
-// Groups of columns of so many tokens that are made and used before the next ones: their floats stay in the processor's
-// second cache beside the weights that pass by.
-std::int64_t cached_groups(std::int64_t tokens) { return std::max<std::int64_t>(1, 64 / tokens); }
+// Groups of 128 columns of so many tokens that are made and used before the next ones: their floats, 128 KiB a matrix, stay in
+// the processor's second cache beside the weights that pass by.
+std::int64_t cached_groups(std::int64_t tokens) { return std::max<std::int64_t>(1, kCachedTokens / tokens); }
+
+void fetch_floats(const float* at, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(at + i, 1);
+}
 
 // Numbers [first, first + count) of a vector of a record as float32, in `room` unless they lie so already.
 const float* read_vector(const RecordVector& vector, const std::uint8_t* record, std::int64_t first, std::int64_t count,
@@ -273,10 +279,12 @@ void ExpertRun::add_output_rows(const Segment& segment, const Rows& hidden, std:
     auto* out = reinterpret_cast<float*>(worker_scratch(worker, extra, layout_.up.rows, segment.count));
     multiply(ExpertLayout::matrix(segment.layout->down, segment.record), begin, end, hidden, out - first, stride, worker, extra);
     const float* bias = read_vector(segment.layout->down_bias, segment.record, first, rows, out + segment.count * stride);
+    const auto sum_of = [&](std::int64_t t) {
+        return sums_ + room_.tokens[static_cast<std::size_t>(segment.first + t)] * stride_ + first;
+    };
     for (std::int64_t t = 0; t < segment.count; ++t) {
-        const std::int64_t slot = segment.first + t;
-        float* sum = sums_ + room_.tokens[static_cast<std::size_t>(slot)] * stride_ + first;
-        table().quantized.add_weighted(sum, out + t * stride, bias, output_weight(slot), rows);
+        if (t + kFetchAhead < segment.count) fetch_floats(sum_of(t + kFetchAhead), rows);
+        table().quantized.add_weighted(sum_of(t), out + t * stride, bias, output_weight(segment.first + t), rows);
     }
 }
 

@@ -26,33 +26,38 @@ struct WideCodes {
     std::int32_t quad = 0, word = 0;
 };
 
-// The largest magnitude (as the bits of a float), and the largest of all quads but the one that has it.
-struct Largest {
-    std::int32_t first = 0, second = 0;
+// Neighbours of each lane: in its pair, its four, its eight, all.
+inline Words16 swap_ones(Words16 x) { return __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
+inline Words16 swap_twos(Words16 x) { return __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+inline Words16 swap_fours(Words16 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline Words16 swap_eights(Words16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
 
-    void add(std::int32_t bits) {
-        second = std::max(second, std::min(first, bits));
-        first = std::max(first, bits);
+inline Words16 larger(Words16 a, Words16 b) { return a > b ? a : b; }
+inline Words16 smaller(Words16 a, Words16 b) { return a < b ? a : b; }
+
+inline Words16 most_of_quads(Words16 x) {
+    x = larger(x, swap_ones(x));
+    return larger(x, swap_twos(x));
+}
+
+// Of some quads a lane: the largest magnitude (as the bits of a float), which quad has it, and the largest of the others.
+struct Largest {
+    Words16 first{}, second{}, quad{};
+
+    void add(const Largest& other) {
+        second = larger(larger(second, other.second), smaller(first, other.first));
+        quad = other.first > first ? other.quad : quad;
+        first = larger(first, other.first);
     }
 };
 
-inline Words16 most_of_quads(Words16 x) {
-    const Words16 pairs = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    x = x > pairs ? x : pairs;
-    const Words16 fours = __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return x > fours ? x : fours;
-}
-
-// Magnitudes compare as integers; what is not finite is the largest.
+// Of all 32 quads, in every lane. Magnitudes compare as integers; what is not finite is the largest.
 inline Largest find_largest(const Floats16* part) {
-    Words16 first{}, second{};
-    for (int i = 0; i < 8; ++i) {
-        const Words16 most = most_of_quads(reinterpret_cast<Words16>(part[i]) & 0x7fffffff), less = first < most ? first : most;
-        second = second > less ? second : less;
-        first = first > most ? first : most;
-    }
+    constexpr Words16 kOwn = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
     Largest found;
-    for (int lane = 0; lane < 16; lane += 4) found.add(first[lane]), found.add(second[lane]);
+    for (int i = 0; i < 8; ++i) found.add({most_of_quads(reinterpret_cast<Words16>(part[i]) & 0x7fffffff), Words16{}, kOwn + 4 * i});
+    found.add({swap_fours(found.first), swap_fours(found.second), swap_fours(found.quad)});
+    found.add({swap_eights(found.first), swap_eights(found.second), swap_eights(found.quad)});
     return found;
 }
 
@@ -67,18 +72,17 @@ inline Floats16 round_codes(Floats16 x, float inverse) {
     return (x * inverse + kRounder) - kRounder;
 }
 
-// The quad that holds the largest magnitude, in two parts: low ones into codes.
-inline WideCodes split_quad(const Floats16* part, float largest, float inverse, std::int8_t* codes) {
-    float x[kGroup];
-    std::memcpy(x, part, sizeof x);
-    const auto* at = std::find_if(x, x + kGroup, [&](float value) { return std::fabs(value) == largest; });
-    WideCodes made{static_cast<std::int32_t>((at - x) / 4), 0};
+// Four columns, `x`, in two parts: low ones into codes.
+inline WideCodes split_quad(const float* x, std::int32_t quad, float inverse, std::int8_t* codes) {
+    Floats16 four{};
+    std::memcpy(&four, x, 4 * sizeof *x);
+    const Floats16 rounded = round_codes(four, inverse);
+    WideCodes made{quad, 0};
     std::int8_t high[4];
     for (int j = 0; j < 4; ++j) {
-        const Floats16 rounded = round_codes(Floats16{} + x[4 * made.quad + j], inverse);
-        const auto code = static_cast<std::int32_t>(rounded[0]);
+        const auto code = static_cast<std::int32_t>(rounded[j]);
         high[j] = static_cast<std::int8_t>((code + 64) >> 7);
-        codes[4 * made.quad + j] = static_cast<std::int8_t>(code - 128 * high[j]);
+        codes[4 * quad + j] = static_cast<std::int8_t>(code - 128 * high[j]);
     }
     std::memcpy(&made.word, high, 4);
     return made;
@@ -96,8 +100,8 @@ float quantize_group(const float* x, std::int64_t count, std::int8_t* codes, std
     Floats16 part[8];
     std::memcpy(part, x, sizeof part);
     const Largest found = find_largest(part);
-    const float largest = as_float(found.first), second = as_float(found.second);
-    const bool broken = found.first >= 0x7f800000;
+    const float largest = as_float(found.first[0]), second = as_float(found.second[0]);
+    const bool broken = found.first[0] >= 0x7f800000;
     wide = {};
     if (broken || largest < 1e-30f) {
         std::memset(codes, 0, kGroup);
@@ -111,13 +115,13 @@ float quantize_group(const float* x, std::int64_t count, std::int8_t* codes, std
         const Bytes16 bytes = __builtin_convertvector(whole, Bytes16);
         std::memcpy(codes + 16 * i, &bytes, 16);
     }
-    if (is_wide) wide = split_quad(part, largest, inverse, codes);
+    if (is_wide) wide = split_quad(x + 4 * found.quad[0], found.quad[0], inverse, codes);
     for (int half = 0; half < 2; ++half) {
-        std::int32_t fours[16];
-        Ops::store_sums_of_fours(codes + 64 * half, fours);
-        for (int i = 0; i < 4; ++i) {
-            sums[4 * half + i] = fours[4 * i] + fours[4 * i + 1] + fours[4 * i + 2] + fours[4 * i + 3];
-        }
+        Words16 fours;
+        Ops::store_sums_of_fours(codes + 64 * half, reinterpret_cast<std::int32_t*>(&fours));
+        fours += swap_ones(fours);
+        fours += swap_twos(fours);
+        for (int i = 0; i < 4; ++i) sums[4 * half + i] = fours[4 * i];
     }
     return limit / 127.0f;
 }
@@ -176,23 +180,46 @@ void quantize(const float* values, std::int64_t stride, std::int64_t columns, co
     }
 }
 
+// A token within its tile.
+struct TilePlace {
+    Tile tile;
+    std::int64_t tokens, token;
+
+    TilePlace(const Tiles& tiles, std::int64_t token_of_all, std::int64_t at)
+        : tile(tiles, at), tokens(tiles.size(at)), token(token_of_all - tiles.begin(at)) {}
+    TilePlace(const Tiles& tiles, std::int64_t token_of_all) : TilePlace(tiles, token_of_all, tiles.tile_of(token_of_all)) {}
+
+    std::int8_t* codes(std::int64_t g) const { return tile.codes + (g * tokens + token) * kGroup; }
+};
+
+inline void copy_numbers(const std::int32_t* from, std::int64_t from_step, std::int32_t* to, std::int64_t to_step, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) to[i * to_step] = from[i * from_step];
+}
+
+inline void copy_token(const TilePlace& from, const TilePlace& to, const TilePlace& next, std::int64_t groups) {
+    const std::int64_t n = to.tokens, t = to.token, m = from.tokens, s = from.token;
+    for (std::int64_t g = 0; g < groups; ++g) {
+        __builtin_prefetch(next.codes(g));
+        __builtin_prefetch(next.codes(g) + 64);
+        std::memcpy(to.codes(g), from.codes(g), kGroup);
+        to.tile.scales[g * n + t] = from.tile.scales[g * m + s];
+    }
+    copy_numbers(from.tile.sums + s, m, to.tile.sums + t, n, groups);
+    copy_numbers(from.tile.sums32 + s, m, to.tile.sums32 + t, n, 4 * groups);
+    copy_numbers(from.tile.sums16 + s, m, to.tile.sums16 + t, n, 8 * groups);
+    copy_numbers(from.tile.wide_words + s, m, to.tile.wide_words + t, n, groups);
+    copy_numbers(from.tile.wide_quads + s, m, to.tile.wide_quads + t, n, groups);
+}
+
+// Tokens lie far apart: the next one is fetched meanwhile.
 inline void gather(const Tiles& from, const std::int32_t* tokens, const Tiles& to) {
-    for (std::int64_t i = 0; i < to.tiles; ++i) {
-        const Tile target(to, i);
-        const std::int64_t n = to.size(i), begin = to.begin(i);
-        for (std::int64_t t = 0; t < n; ++t) {
-            const std::int64_t token = tokens[begin + t], at = from.tile_of(token);
-            const Tile source(from, at);
-            const std::int64_t m = from.size(at), s = token - from.begin(at);
-            for (std::int64_t g = 0; g < to.groups; ++g) {
-                std::memcpy(target.codes + (g * n + t) * kGroup, source.codes + (g * m + s) * kGroup, kGroup);
-                target.scales[g * n + t] = source.scales[g * m + s];
-                target.wide_words[g * n + t] = source.wide_words[g * m + s];
-                target.wide_quads[g * n + t] = source.wide_quads[g * m + s];
-            }
-            for (std::int64_t run = 0; run < to.groups; ++run) target.sums[run * n + t] = source.sums[run * m + s];
-            for (std::int64_t run = 0; run < 4 * to.groups; ++run) target.sums32[run * n + t] = source.sums32[run * m + s];
-            for (std::int64_t run = 0; run < 8 * to.groups; ++run) target.sums16[run * n + t] = source.sums16[run * m + s];
+    if (to.count == 0) return;
+    TilePlace next(from, tokens[0]);
+    for (std::int64_t i = 0, at = 0; i < to.tiles; ++i) {
+        for (std::int64_t t = 0; t < to.size(i); ++t, ++at) {
+            const TilePlace source = next;
+            next = TilePlace(from, tokens[std::min(at + 1, to.count - 1)]);
+            copy_token(source, TilePlace(to, at, i), next, to.groups);
         }
     }
 }

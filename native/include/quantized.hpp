@@ -83,7 +83,7 @@ constexpr std::int64_t linear_scratch(std::int64_t columns, std::int64_t tokens)
     const std::int64_t scales = (kMostBlocks * kPanelGroups + groups) * kRunsOfGroup * kRows * 4;
     const std::int64_t panels = kMostBlocks * kPanelGroups * kGroup * kRows + 2 * scales;
     const std::int64_t totals = 2 * together * kMostBlocks * kRows * 4;
-    const std::int64_t starts = together * groups * kRunsOfGroup * 4, wide = together * (groups * 24 + kMostBlocks * kRows * 4 + 12);
+    const std::int64_t starts = together * groups * kRunsOfGroup * 4, wide = together * (groups * 24 + kMostBlocks * kRows * 4 + 1);
     return (panels + totals + starts + wide + 1024) / 64 * 64;
 }
 

@@ -70,7 +70,7 @@ typename Ops::Int multiply_quad(const Place<kFormat>& place, const WideQuad& wid
 static_assert(sizeof(WideQuad) == 24, "linear_scratch counts it");
 
 constexpr std::int64_t wide_bytes(std::int64_t groups, std::int64_t tokens) {
-    return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kMostBlocks * kRows * 4 + 12) + 64;
+    return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kMostBlocks * kRows * 4 + 1) + 64;
 }
 
 // Some groups of some blocks as bytes + 128, as products of many tokens unpack them (see Panel).
@@ -90,26 +90,26 @@ public:
           tiles_(tiles),
           sums_(reinterpret_cast<float*>(room)),
           quads_(reinterpret_cast<WideQuad*>(sums_ + tiles.count * kMostBlocks * kRows)),
-          firsts_(reinterpret_cast<std::int32_t*>(quads_ + tiles.count * tiles.groups)),
-          next_(firsts_ + tiles.tiles + 1),
-          has_(reinterpret_cast<std::uint8_t*>(next_ + tiles.tiles)) {
+          has_(reinterpret_cast<std::uint8_t*>(quads_ + tiles.count * tiles.groups)) {
         std::memset(has_, 0, static_cast<std::size_t>(tiles.count));
-        firsts_[0] = 0;
-        for (std::int64_t i = 0; i < tiles.tiles; ++i) {
-            firsts_[i + 1] = firsts_[i];
-            list(i);
+        for (std::int64_t g = 0; g < tiles.groups; ++g) {
+            WideQuad* to = quads_ + count_;
+            for (std::int64_t i = 0; i < tiles.tiles; ++i) to = list(Tile(tiles, i), tiles.size(i), g, tiles.begin(i), to);
+            count_ = to - quads_;
         }
+        for (std::int64_t i = 0; i < count_; ++i) has_[quads_[i].token] = 1;
     }
 
     // target += scale times weights times high parts, added up apart in rising order of groups. For one tile.
     void add(std::int64_t block, const Target& target) {
         begin();
-        for (std::int32_t at = 0; at < firsts_[1];) {
-            const std::int32_t group = quads_[at].group;
+        while (at_ < count_) {
+            const std::int32_t group = quads_[at_].group;
             const GroupScales<Ops, kFormat> of(weight_, block, group);
-            for (; at < firsts_[1] && quads_[at].group == group; ++at) {
-                const std::int64_t run = run_of(quads_[at]) * kRows;
-                add_quad(quads_[at], 0, multiply_quad<Ops, kFormat>(of.place, quads_[at]), of.scales + run, of.minima + run);
+            for (; at_ < count_ && quads_[at_].group == group; ++at_) {
+                const WideQuad& wide = quads_[at_];
+                const std::int64_t run = run_of(wide) * kRows;
+                add_quad(wide, 0, multiply_quad<Ops, kFormat>(of.place, wide), of.scales + run, of.minima + run);
             }
         }
         finish(target);
@@ -117,22 +117,18 @@ public:
 
     // The same in three parts for several blocks, whose groups come unpacked and in order, some at a time.
     void begin() {
-        std::memcpy(next_, firsts_, static_cast<std::size_t>(tiles_.tiles) * 4);
+        at_ = 0;
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
             if (has_[t] != 0) std::memset(sums_of(t), 0, kMostBlocks * kRows * 4);
         }
     }
 
     void add_groups(std::int64_t first, std::int64_t some, const UnpackedGroups& of) {
-        for (std::int64_t i = 0; i < tiles_.tiles; ++i) {
-            std::int32_t at = next_[i];
-            for (; at < firsts_[i + 1] && quads_[at].group < first + some; ++at) add_unpacked(quads_[at], quads_[at].group - first, of);
-            next_[i] = at;
-        }
+        for (; at_ < count_ && quads_[at_].group < first + some; ++at_) add_unpacked(quads_[at_], quads_[at_].group - first, of);
     }
 
     void finish(const Target& target) const {
-        if (firsts_[tiles_.tiles] == 0) return;
+        if (count_ == 0) return;
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
             if (has_[t] == 0) continue;
             float* to = target.first + t * target.stride;
@@ -163,26 +159,20 @@ private:
     static std::int64_t run_of(const WideQuad& wide) { return wide.quad / (32 / GroupScales<Ops, kFormat>::kRuns); }
     float* sums_of(std::int64_t token) const { return sums_ + token * kMostBlocks * kRows; }
 
-    // The wide quads of tile `i`. Few groups have any: sixteen are looked at together.
-    void list(std::int64_t i) {
-        const Tile tile(tiles_, i);
-        const std::int64_t n = tiles_.size(i), count = n * tiles_.groups;
-        for (std::int64_t first = 0; first < count; first += 16) {
-            const std::int64_t last = std::min(first + 16, count);
-            std::int32_t any = 0;
-            for (std::int64_t at = first; at < last; ++at) any |= tile.wide_words[at];
-            for (std::int64_t at = first; any != 0 && at < last; ++at) {
-                if (tile.wide_words[at] != 0) list(tile, at, at / n, tiles_.begin(i) + at % n, firsts_[i + 1]++);
-            }
+    // The wide quads of group g of a tile of n tokens, from `token` on. Each is written, and stays if it is one: which are
+    // cannot be guessed.
+    static WideQuad* list(const Tile& tile, std::int64_t n, std::int64_t g, std::int64_t token, WideQuad* to) {
+        std::int32_t any = 0;
+        for (std::int64_t at = g * n; at < (g + 1) * n; ++at) any |= tile.wide_words[at];
+        if (any == 0) return to;
+        for (std::int64_t at = g * n; at < (g + 1) * n; ++at, ++token) {
+            const std::int32_t word = tile.wide_words[at];
+            const auto high = [&](int j) { return word << 8 * (3 - j) >> 24; };
+            *to = {static_cast<std::int32_t>(g), static_cast<std::int32_t>(token), tile.wide_quads[at], word,
+                   high(0) + high(1) + high(2) + high(3), tile.scales[at] * kWideStep};
+            to += word != 0;
         }
-    }
-
-    void list(const Tile& tile, std::int64_t at, std::int64_t group, std::int64_t token, std::int32_t to) {
-        std::int8_t bytes[4];
-        std::memcpy(bytes, tile.wide_words + at, 4);
-        quads_[to] = {static_cast<std::int32_t>(group), static_cast<std::int32_t>(token), tile.wide_quads[at], tile.wide_words[at],
-                      bytes[0] + bytes[1] + bytes[2] + bytes[3], tile.scales[at] * kWideStep};
-        has_[token] = 1;
+        return to;
     }
 
     // `exact`: the rows of block `b` times the quad's codes; scales and minima of those rows.
@@ -199,11 +189,10 @@ private:
 
     const Matrix& weight_;
     const Tiles& tiles_;
-    float* sums_;           // (tokens, kMostBlocks, 16), of those that have wide quads
-    WideQuad* quads_;       // by tile, then by group
-    std::int32_t* firsts_;  // where each tile's begin, and the end
-    std::int32_t* next_;    // of each tile, that comes next
-    std::uint8_t* has_;     // whether a token has any
+    float* sums_;         // (tokens, kMostBlocks, 16), of those that have wide quads
+    WideQuad* quads_;     // by group
+    std::uint8_t* has_;   // whether a token has any
+    std::int64_t count_ = 0, at_ = 0;  // of quads: all, and which comes next
 };
 
 }  // namespace

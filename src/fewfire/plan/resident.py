@@ -21,7 +21,7 @@ from fewfire.config import (
 PAGE_TOKENS = 64
 GROUP, ROWS = 128, 16
 _MOST_BLOCKS, _PANEL_GROUPS, _TOGETHER, _RUNS = 4, 2, 768, 8  # native/include/quantized.hpp
-_BATCH_SLOTS, _LOOSE_SLOTS = 1024, 512  # native/experts.cpp
+_BATCH_SLOTS, _LOOSE_SLOTS, _CACHED_TOKENS = 1024, 512, 256  # native/experts.cpp
 _LATENT_TOKENS = 64  # native/latent.cpp
 CHUNKS = (2048, 1024, 512, 256, 128)  # tokens of a prefill step, the largest that memory allows
 
@@ -147,7 +147,7 @@ def linear_scratch(columns: int, num_tokens: int) -> int:
     groups, together = ceil(columns / GROUP), min(num_tokens, _TOGETHER)
     scales = (_MOST_BLOCKS * _PANEL_GROUPS + groups) * _RUNS * ROWS * 4
     panels = _MOST_BLOCKS * _PANEL_GROUPS * GROUP * ROWS + 2 * scales
-    wide = together * (groups * 24 + _MOST_BLOCKS * ROWS * 4 + 12)
+    wide = together * (groups * 24 + _MOST_BLOCKS * ROWS * 4 + 1)
     return panels + 2 * together * _MOST_BLOCKS * ROWS * 4 + together * groups * _RUNS * 4 + wide + 1024
 
 
@@ -165,7 +165,8 @@ def thread_bytes(config: ModelConfig, num_tokens: int) -> int:
         if isinstance(layer.ffn, MoEConfig):
             widths.append(0 if layer.ffn.shared is None else layer.ffn.shared.hidden_dim)
             rows, width = min(n * layer.ffn.router.top_k, _BATCH_SLOTS, n), layer.ffn.expert.hidden_dim
-            inner = 4 * (rows + 2) * row_stride(width) + rows * tile_bytes(dim) + linear_scratch(dim, rows)
+            made = 2 * min((rows + 1) * row_stride(width), (GROUP + 16) * max(rows + 1, 2 * _CACHED_TOKENS))
+            inner = 4 * made + rows * tile_bytes(dim) + linear_scratch(dim, rows)
             outer = 4 * (rows + 1) * row_stride(dim) + linear_scratch(width, rows)
             most = max(most, inner, outer)
         most = max(most, *(linear_scratch(width, n) for width in widths))
