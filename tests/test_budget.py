@@ -176,3 +176,21 @@ def test_experts_that_do_not_fit_stay_on_disk_and_a_text_too_long_is_refused(fol
     cache = decoder.new_cache()
     with pytest.raises(BudgetError, match="take a shorter text"):
         decoder.hidden(torch.zeros(1, 2 * 64, dtype=torch.long), cache)
+
+
+def test_scratch_of_a_long_prompt_is_taken_from_experts_when_it_comes(wide):
+    pack, least = open_pack(wide), resident.CHUNKS[-1]
+    decoder = NativeDecoder(pack, budget_bytes=limits.rss_bytes() + pack.layout.trunk_bytes + 160 * 2**20)
+    account, decoder._planned_chunk = decoder.account, 4 * least
+    assert isinstance(decoder.experts, StreamedExperts) and decoder.chunk_tokens == 4 * least
+    ids, cache = torch.randint(0, 1000, (1, 2 * least)), decoder.new_cache()
+    decoder.hidden(ids[:, :least], cache)
+    pages, before, wanted = account.taken_bytes, account.expert_bytes, decoder._missing_scratch(2 * least)
+    assert pages == cache.sequences[0].num_bytes, "a small step has its scratch"
+    del cache
+    states = decoder.hidden(ids)
+    assert account.taken_bytes == wanted > 0 and account.expert_bytes == before + pages - wanted
+    decoder.logits(states)
+    assert account.taken_bytes == wanted, "taken once"
+    account.take(account.room, "a test")
+    assert decoder.chunk_tokens == 2 * least, "for a longer step there is no room any more"

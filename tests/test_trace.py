@@ -303,7 +303,7 @@ def test_traces_of_another_model_are_not_replayed(folder):
 
 
 @needs_native
-def test_recorded_routing_is_the_models_own_in_any_chunks(folder):
+def test_recorded_routing_is_the_models_own_in_any_chunks(folder, monkeypatch):
     path = tiny_packs.make(folder, "qwen2_moe", "q4", times=3)
     ids = torch.randint(0, tiny_packs.VOCAB, (90,), generator=torch.Generator().manual_seed(0))
     documents, steps = [ids[:50], ids[50:]], []
@@ -314,8 +314,9 @@ def test_recorded_routing_is_the_models_own_in_any_chunks(folder):
     assert torch.equal(whole.ids_TLK[:50].long(), torch.stack(steps[:3], dim=1))
     assert torch.equal(whole.ids_TLK[50:].long(), torch.stack(steps[3:], dim=1))
     assert whole.documents == (0, 50, 90) and torch.equal(whole.tokens.long(), ids)
-    decoder.chunk_tokens = 7
-    assert equal(whole, record_ids(decoder, documents, model="m"))
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeDecoder, "chunk_tokens", 7)
+        assert equal(whole, record_ids(decoder, documents, model="m"))
     streamed = with_slots(open_pack(path), 4, "lfru")
     assert equal(whole, record_ids(streamed, documents, model="m"))
     assert decoder.account.taken_bytes == 0

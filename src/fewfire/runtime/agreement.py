@@ -87,9 +87,9 @@ class LossyGeneration(Generation):
         wanted = {len(self._prompt_ids) - 1 + index: kept for index, kept in self._kept.items()}
         end = max(wanted, default=-1) + 1
         with model.exactly(), model.account.lent(_COMPARED_BYTES * model.config.vocab_size, "exact logits"):
-            cache = model.new_cache()
-            for start in range(0, end, model.chunk_tokens):
-                stop = min(start + model.chunk_tokens, end)
+            cache, step = model.new_cache(), model.chunk_tokens
+            for start in range(0, end, step):
+                stop = min(start + step, end)
                 hidden_1TD = model.hidden(torch.tensor([ids[start:stop]]), cache)
                 for at in sorted(wanted.keys() & set(range(start, stop))):
                     compared.append(_compare(model.logits(hidden_1TD[:, at - start])[0], *wanted[at]))

@@ -117,10 +117,14 @@ class Account:
         """What experts cannot give back."""
         return 0 if self.experts is None else self.experts.least_bytes
 
+    @property
+    def room(self) -> int:
+        """What may still be taken: all but the least that experts need."""
+        return self.expert_bytes - self.least_bytes
+
     def take(self, num_bytes: int, what: str) -> None:
         """Set memory aside for `what`. Raises: BudgetError where the least that experts need would not be left."""
-        least = self.least_bytes
-        room = self.expert_bytes - least
+        least, room = self.least_bytes, self.room
         if num_bytes > room:
             raise BudgetError(
                 f"{what} needs {format_bytes(num_bytes)}, of which the budget of {format_bytes(self.budget_bytes)} has "

@@ -172,15 +172,41 @@ class NativeDecoder(nn.Module):
         room = account.expert_bytes - experts - text
         fits = scratch_bytes(self.config, resident.CHUNKS[-1], context, threads) <= room
         if fits:
-            self.chunk_tokens = choose_chunk(self.config, room, context, threads, share=1.0)
+            self._planned_chunk = self._scratch_tokens = choose_chunk(self.config, room, context, threads, share=1.0)
         else:
             self._open_low(report)
-            self.chunk_tokens = choose_chunk(self.config, account.expert_bytes, context, threads)
-        account.fixed_bytes += scratch_bytes(self.config, self.chunk_tokens, context, threads)
+            self._planned_chunk = choose_chunk(self.config, account.expert_bytes, context, threads)
+            self._scratch_tokens = resident.CHUNKS[-1]
+        account.fixed_bytes += self._scratch_bytes(self._scratch_tokens)
         if fits or not experts:
             self.use(ResidentExperts(self.pack, report))
         else:
             self.use(StreamedExperts(self.pack, account.expert_bytes, streaming))
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prefill step: as many as were planned for, fewer where memory has become short since."""
+        fits = (
+            n for n in resident.CHUNKS if n <= self._planned_chunk and self._missing_scratch(n) <= self.account.room
+        )
+        return next(fits, resident.CHUNKS[-1])
+
+    def _scratch_bytes(self, num_tokens: int) -> int:
+        return scratch_bytes(self.config, num_tokens, self._roped, torch.get_num_threads())
+
+    def _missing_scratch(self, num_tokens: int) -> int:
+        if num_tokens <= self._scratch_tokens:
+            return 0
+        return self._scratch_bytes(num_tokens) - self._scratch_bytes(self._scratch_tokens)
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Scratch for a step of so many tokens: what is missing is taken from experts when it is first needed, and kept.
+
+        Raises: BudgetError where there is not so much.
+        """
+        if num_tokens > self._scratch_tokens:
+            self.account.take(self._missing_scratch(num_tokens), f"a step of {num_tokens} tokens")
+            self._scratch_tokens = num_tokens
 
     def use(self, experts: ResidentExperts | StreamedExperts) -> None:
         """Run with these experts of the same pack from now on; texts go on as they were."""
@@ -261,7 +287,8 @@ class NativeDecoder(nn.Module):
         batch, num_new = ids_BT.shape
         cache = self.new_cache() if cache is None else cache
         sequences = cache.of(batch)
-        step = max(1, self.chunk_tokens // max(batch, 1))
+        is_small = batch * num_new <= resident.CHUNKS[-1]
+        step = max(1, num_new if is_small else self.chunk_tokens // batch)
         check(replay is None or batch == 1 or num_new <= step, f"replayed steps hold {step} tokens of a text at most")
         if num_new <= step:
             return self.run(sequences, list(ids_BT), observe, replay).view(batch, num_new, self.config.model_dim)
@@ -291,6 +318,7 @@ class NativeDecoder(nn.Module):
         check(longest <= limit, f"{longest} tokens exceed the {limit} that the model was made for; shorten the text")
         table, starts = self._grow(sequences, ids)
         self._prepare(longest)
+        self._make_room(sum(len(new) for new in ids))
         flat_N = torch.cat(list(ids)).to(torch.int64) if len(ids) != 1 else ids[0].to(torch.int64).contiguous()
         count = flat_N.numel()
         hidden_ND = torch.empty((count, self.config.model_dim))
@@ -374,7 +402,9 @@ class NativeDecoder(nn.Module):
         count = rows.shape[0]
         with self.account.lent(4 * count * vocab, f"the logits of {count} tokens") if count > 1 else nullcontext():
             out = torch.empty((count, vocab))
-            for part, target in zip(rows.split(self.chunk_tokens), out.split(self.chunk_tokens), strict=True):
+            step = max(1, count if count <= resident.CHUNKS[-1] else min(count, self.chunk_tokens))
+            self._make_room(step)
+            for part, target in zip(rows.split(step), out.split(step), strict=True):
                 self.engine.head(part.data_ptr(), part.shape[0], target.data_ptr(), torch.get_num_threads())
         return out.reshape(*hidden.shape[:-1], vocab)
 
