@@ -387,12 +387,20 @@ fewfire::LayerSpec layer_of(const Fields& from) {
     return spec;
 }
 
+fewfire::RowFile row_file_of(nb::handle made) {
+    if (made.is_none()) return {};
+    const Fields from(made);
+    return {from.value<int>("file"), from.count("codes"), from.count("code_bytes"), from.count("scales"), from.count("scale_bytes"),
+            from.count("block_rows"), pointer<const std::uint32_t>(from.value<std::uintptr_t>("checksums"))};
+}
+
 fewfire::ModelSpec model_of(const Fields& from) {
     fewfire::ModelSpec spec;
     spec.model_dim = from.count("model_dim"), spec.vocab_size = from.count("vocab_size");
     spec.embed_scale = from.number("embed_scale"), spec.logit_scale = from.number("logit_scale");
     spec.residual_scale = from.number("residual_scale");
     spec.embed = from.matrix("embed"), spec.positions = from.matrix("positions"), spec.head = from.matrix("head");
+    spec.embed_file = row_file_of(from.at("embed_file"));
     spec.head_bias = from.floats("head_bias"), spec.norm = norm_of(from.at("norm"));
     spec.cache = static_cast<fewfire::CacheFormat>(from.value<int>("cache"));
     for (nb::handle layer : nb::cast<nb::list>(from.at("layers"))) spec.layers.push_back(layer_of(Fields(layer)));

@@ -24,23 +24,6 @@ std::int64_t layer_page_bytes(const LayerSpec& layer, const CacheShape& shape) {
     return shape.page_bytes() + index_page_bytes(layer.latent.indexer);
 }
 
-void embed(Step& step) {
-    const ModelSpec& model = step.model;
-    step.room.x.reserve(step.count() * step.stride());
-    step.for_tokens([&](std::int64_t t) {
-        float* row = step.room.x.data() + t * step.stride();
-        table().quantized.read_row(model.embed, step.tokens.ids[t], row);
-        if (model.embed_scale != 1.0f) {
-            for (std::int64_t i = 0; i < model.model_dim; ++i) row[i] *= model.embed_scale;
-        }
-        if (model.positions) {
-            std::vector<float> position(static_cast<std::size_t>(model.model_dim));
-            table().quantized.read_row(model.positions, step.tokens.positions[t], position.data());
-            for (std::int64_t i = 0; i < model.model_dim; ++i) row[i] += position[static_cast<std::size_t>(i)];
-        }
-    });
-}
-
 // The experts of the next MoE layer, as its router would choose for what this layer starts from: what it will probably
 // want. The choice of this layer is not touched.
 void look_ahead(const LayerSpec& next, int number, ExpertSource& source, Step& step) {

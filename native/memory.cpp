@@ -20,7 +20,9 @@ bool keep_freed_memory() {
 bool return_freed_memory() {
 #ifdef __GLIBC__
     constexpr int kLarge = 1 << 20, kBlocks = 65536;  // as many blocks as the library allows by itself
-    return mallopt(M_MMAP_MAX, kBlocks) == 1 && mallopt(M_MMAP_THRESHOLD, kLarge) == 1 && mallopt(M_TRIM_THRESHOLD, kLarge) == 1;
+    const bool done = mallopt(M_MMAP_MAX, kBlocks) == 1 && mallopt(M_MMAP_THRESHOLD, kLarge) == 1 && mallopt(M_TRIM_THRESHOLD, kLarge) == 1;
+    malloc_trim(0);
+    return done;
 #else
     return false;
 #endif

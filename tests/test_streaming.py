@@ -11,7 +11,7 @@ import torch
 
 import fewfire
 from fewfire import kernels
-from fewfire.checkpoints.pack import EXPERTS, open_pack
+from fewfire.checkpoints.pack import EXPERTS, TRUNK, open_pack
 from fewfire.errors import BudgetError, ConfigError, FormatError
 from fewfire.runtime.banks import ResidentExperts, StreamedExperts, Streaming
 from fewfire.runtime.engine import NativeDecoder
@@ -37,6 +37,7 @@ def streamed(pack, slots, **settings):
     """A decoder whose experts have so many slots."""
     decoder = NativeDecoder(pack)
     records = max(layer.record_bytes for layer in pack.layout.experts)
+    decoder.lowered.leave_embedding_on_disk()
     decoder.use(StreamedExperts(pack, slots * records, Streaming(**settings)))
     decoder.account.experts = None  # what texts need is not taken from these slots
     return decoder
@@ -127,6 +128,47 @@ def test_torch_runs_around_native_experts(folder, name):
     assert torch.equal(run_it(module), ours) and few.counts().total.misses > 3
 
 
+# ------------------------------------------------------------------------------------------- the embedding's rows
+
+
+@pytest.mark.parametrize("quant", ("q4", "bf16", "f32"))
+@pytest.mark.parametrize("name", tiny_packs.MODELS)
+def test_an_embedding_on_disk_gives_the_same(folder, name, quant):
+    pack = open_pack(tiny_packs.make(folder, name, quant))
+    ids, decoder = draw_ids(1, 80), NativeDecoder(pack)
+    expected, trunk = run(decoder, ids), decoder.lowered.trunk
+    freed = decoder.lowered.leave_embedding_on_disk()
+    assert (freed == 0) == pack.config.tied_head and freed % 4096 == 0
+    assert trunk.in_memory.numel() + freed <= trunk.memory.numel()
+    assert decoder.lowered.leave_embedding_on_disk() == 0, "once"
+    decoder.use(decoder.experts)
+    assert torch.equal(run(decoder, ids), expected)
+    if freed:
+        assert trunk.memory[trunk.on_disk.start : trunk.on_disk.stop].count_nonzero() == 0, "no one reads it in memory"
+
+
+@pytest.mark.parametrize("quant", ("q4", "f32"))
+def test_rows_that_are_damaged_or_gone_are_named(folder, tmp_path, quant):
+    path = shutil.copytree(tiny_packs.make(folder, "olmoe", quant), tmp_path / "pack")
+    decoder = streamed(open_pack(path), 3)
+    decoder(torch.tensor([[21, 40]]))
+    row, file = decoder.lowered.trunk.on_disk.spec, path / TRUNK
+    at = row["codes"] + 21 // row["block_rows"] * row["code_bytes"] + 5
+    with file.open("r+b") as damaged:
+        damaged.seek(at)
+        byte = damaged.read(1)
+        damaged.seek(at)
+        damaged.write(bytes([byte[0] ^ 4]))
+    decoder(torch.tensor([[40]]))
+    with pytest.raises(FormatError, match="embed.weight, row 21") as found:
+        decoder(torch.tensor([[40, 21]]))
+    assert found.value.offset == at - 5 and str(file) in str(found.value)
+    with file.open("r+b") as cut:
+        cut.truncate(at)
+    with pytest.raises(FormatError, match="the file ends here"):
+        decoder(torch.tensor([[21]]))
+
+
 # ---------------------------------------------------------------------------------------------------------- faults
 
 
@@ -190,13 +232,19 @@ FAULTY = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/types.h>
 #include <unistd.h>
 typedef ssize_t (*Pread)(int, void*, size_t, off_t);
 static ssize_t faulty(const char* name, int file, void* to, size_t count, off_t offset) {
     static int calls;
     Pread real = (Pread)dlsym(RTLD_NEXT, name);
+    char link[64], path[4096] = "";
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    if (readlink(link, path, sizeof path - 1) < 0) path[0] = 0;
+    if (!strstr(path, getenv("FAULT_FILE"))) return real(file, to, count, offset);
     int call = __sync_fetch_and_add(&calls, 1);
     if (getenv("FAULT_EINTR") && call % 3 == 0) { errno = EINTR; return -1; }
     size_t some = call % 4 == 0 ? 1000 : 4096 + call % 5 * 777;
@@ -226,7 +274,10 @@ except FormatError as error:
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler, and LD_PRELOAD")
 @pytest.mark.parametrize("access", ("direct", "buffered"))
 @pytest.mark.parametrize("fault", ("FAULT_SHORT", "FAULT_EINTR", "FAULT_EIO"))
-def test_readers_that_fall_short_or_fail(folder, tmp_path, fault, access):
+@pytest.mark.parametrize(
+    ("file", "good_reads", "record"), [(EXPERTS, 40, "experts["), (TRUNK, 150, "embed.weight, row")]
+)
+def test_readers_that_fall_short_or_fail(folder, tmp_path, file, good_reads, record, fault, access):
     """Short and interrupted reads are gone on with; an error of the disk is named."""
     (tmp_path / "faulty.c").write_text(FAULTY)
     library = tmp_path / "faulty.so"
@@ -234,11 +285,12 @@ def test_readers_that_fall_short_or_fail(folder, tmp_path, fault, access):
     path = tiny_packs.make(folder, "mixtral", "q4", times=3)
     here = __file__.rpartition("/")[0]
     command = [sys.executable, "-c", FAULTY_RUN, str(path), here, access, str(tmp_path / "made.pt")]
-    environment = {"PATH": "/usr/bin:/bin", "LD_PRELOAD": str(library), fault: "40", "OMP_NUM_THREADS": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "LD_PRELOAD": str(library), fault: str(good_reads), "FAULT_FILE": file}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if fault == "FAULT_EIO":
-        assert "experts[" in done.stdout and f"({errno_text()}); check the disk" in done.stdout
+        assert record in done.stdout and f"({errno_text()}); check the disk" in done.stdout
     else:
         assert torch.equal(torch.load(tmp_path / "made.pt"), run(NativeDecoder(open_pack(path)), draw_ids(1, 80)))
 
@@ -296,7 +348,8 @@ def test_the_budget_changes_while_running(folder):
     expected = model.generate([1, 2, 3], max_tokens=8).token_ids
     account, record = model.module.account, model.module.pack.layout.experts[0].record_bytes
     held, page = account.fixed_bytes + account.taken_bytes, model.module.engine.page_bytes
-    model.set_memory(held + page + 5 * record)
+    embedding = 2 * 4096  # goes to disk, which leaves room for experts
+    model.set_memory(held + page + 5 * record - embedding)
     assert isinstance(model.module.experts, StreamedExperts) and 5 <= model.module.experts.slots < 9
     used = model.generate([1, 2, 3], max_tokens=8)
     assert used.token_ids == expected and used.experts.misses > 0 and used.experts.bytes_read > 0

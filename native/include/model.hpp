@@ -120,10 +120,19 @@ struct LayerSpec {
     MoeSpec moe;
 };
 
+// A matrix that stays in its file, of which `file` >= 0 reads blocks of `block_rows` rows as they are needed: block b's codes
+// at codes + b * code_bytes, its scales likewise, with a checksum of each.
+struct RowFile {
+    int file = -1;
+    std::int64_t codes = 0, code_bytes = 0, scales = 0, scale_bytes = 0, block_rows = 1;
+    const std::uint32_t* checksums = nullptr;  // (blocks, 2)
+};
+
 struct ModelSpec {
     std::int64_t model_dim = 0, vocab_size = 0;
     float embed_scale = 1, logit_scale = 1, residual_scale = 1;
     Matrix embed, positions, head;  // positions without codes: none are learned
+    RowFile embed_file;             // instead of what is at `embed`
     const float* head_bias = nullptr;
     NormSpec norm;
     CacheFormat cache = CacheFormat::kBf16;

@@ -76,6 +76,9 @@ struct Step {
     }
 };
 
+// step.room.x = the rows of the step's tokens. Throws ReadError where they are on disk and cannot be had.
+void embed(Step& step);
+
 void normalise_row(const NormSpec& spec, const float* x, std::int64_t width, float* out);
 
 // step.normed = norm(x), with its codes.

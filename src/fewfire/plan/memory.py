@@ -406,6 +406,15 @@ def floor_bytes(
     )
 
 
+def embedding_on_disk_bytes(config: ModelConfig, formats: Formats) -> int:
+    """The input embedding, where the native engine reads its rows from disk beside streamed experts."""
+    from fewfire.plan import resident
+
+    if config.tied_head or not resident.runs_natively(config):
+        return 0
+    return sum(tensor_bytes(spec, formats) for spec in outer_tensors(config) if spec.kind == "embedding")
+
+
 def dequantized_trunk_bytes(config: ModelConfig) -> int:
     """The trunk as torch keeps it, in float32 or bfloat16."""
     return _trunk_values(config) * torch_element_bytes(config)

@@ -12,7 +12,7 @@ from math import comb
 from typing import Any
 
 from fewfire.plan.hardware import Part
-from fewfire.plan.memory import floor_bytes
+from fewfire.plan.memory import embedding_on_disk_bytes, floor_bytes
 from fewfire.plan.phases import expert_layers
 from fewfire.plan.speed import PrefillTime, bandwidth, chunk_phases, decode_phases, expert_bytes, launches
 from fewfire.plan.unique import Routed
@@ -84,7 +84,7 @@ def tiers_of(work: Workload, part: Part, batch: int, assume: Assumptions, *, bud
     memory = part.usable_bytes if budget is None else min(budget, part.usable_bytes)
     if part.kind != "gpu" or budget is not None:
         floor = floor_bytes(work.config, work.formats, work.context, batch, weights=work.weights)
-        fixed = floor.total - floor.table["experts in flight"]
+        fixed = floor.total - floor.table["experts in flight"] - embedding_on_disk_bytes(work.config, work.formats)
     else:
         fixed = round(work.weights.trunk + work.cache.sequence * batch + work.scratch_bytes_per_token * 512)
     tiers = [Tier("memory", memory - fixed, bandwidth(part, assume))]

@@ -16,14 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewfire.checkpoints.pack import DAMAGED, EXPERTS, Pack, record_name
+from fewfire.checkpoints.pack import DAMAGED, EXPERTS, TRUNK, Pack, record_name
 from fewfire.config import FeedForwardConfig, check
 from fewfire.errors import FormatError
 from fewfire.kernels.isa import native
 from fewfire.routing import Routing
 from fewfire.runtime.disk import open_records
 from fewfire.runtime.lower import expert_layout
-from fewfire.runtime.weights import Report, huge_memory, read_experts
+from fewfire.runtime.weights import EMBEDDING, Report, huge_memory, read_experts
 
 Policy = Literal["lru", "lfru", "s3fifo"]
 POLICIES: dict[str, int] = {"lru": 0, "lfru": 1, "s3fifo": 2, "belady": 3}  # native/include/residency.hpp
@@ -120,21 +120,23 @@ class _Experts:
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
-        """A record that cannot be had becomes a FormatError that names it."""
+        """A record or a row that cannot be had becomes a FormatError that names it."""
         module = native()
         assert module is not None
         try:
             yield
         except module.ReadError as error:
             kind, layer, expert, offset, number = error.args
-            place = self.pack.layout.experts[layer]
             message = (
                 f"cannot be read ({os.strerror(number)}); check the disk",
                 "the file ends here; copy or make the pack again",
                 DAMAGED,
             )[kind]
-            path, record = str(self.pack.folder / EXPERTS), record_name(place, expert)
-            raise FormatError(message, path=path, record=record, offset=offset) from None
+            if layer < 0:  # a row of the embedding
+                file, record = TRUNK, f"{EMBEDDING}, row {expert}"
+            else:
+                file, record = EXPERTS, record_name(self.pack.layout.experts[layer], expert)
+            raise FormatError(message, path=str(self.pack.folder / file), record=record, offset=offset) from None
 
 
 class ResidentExperts(_Experts):

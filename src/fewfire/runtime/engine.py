@@ -175,6 +175,7 @@ class NativeDecoder(nn.Module):
             self._planned_chunk = self._scratch_tokens = choose_chunk(self.config, room, context, threads, share=1.0)
         else:
             self._open_low(report)
+            account.fixed_bytes -= self.lowered.leave_embedding_on_disk()
             self._planned_chunk = choose_chunk(self.config, account.expert_bytes, context, threads)
             self._scratch_tokens = resident.CHUNKS[-1]
         account.fixed_bytes += self._scratch_bytes(self._scratch_tokens)
@@ -200,7 +201,7 @@ class NativeDecoder(nn.Module):
         return self._scratch_bytes(num_tokens) - self._scratch_bytes(self._scratch_tokens)
 
     def _make_room(self, num_tokens: int) -> None:
-        """Scratch for a step of so many tokens: what is missing is taken from experts when it is first needed, and kept.
+        """Scratch for a step of so many tokens: what is missing is taken from experts when first needed, and kept.
 
         Raises: BudgetError where there is not so much.
         """
@@ -248,6 +249,7 @@ class NativeDecoder(nn.Module):
         if self.lossy is not None and self.lossy.low_precision is not None and self.low is None:
             low = LowPrecision.bytes_of(self.lossy.low_precision, self.pack)
         self.account.check_change(budget_bytes, least + low)
+        self.account.fixed_bytes -= self.lowered.leave_embedding_on_disk()
         room = budget_bytes - self.account.fixed_bytes - self.account.taken_bytes - low
         experts = StreamedExperts(self.pack, room, streaming)
         self.account.budget_bytes = budget_bytes
@@ -259,7 +261,7 @@ class NativeDecoder(nn.Module):
     @property
     def resident_weights(self) -> Tensor:
         """Stored bytes that are in memory anyway: the trunk, or all experts where they are there and are more."""
-        trunk = self.lowered.trunk.memory
+        trunk = self.lowered.trunk.in_memory
         experts = self.experts.memory if isinstance(self.experts, ResidentExperts) else trunk
         return experts if experts.numel() > trunk.numel() else trunk
 

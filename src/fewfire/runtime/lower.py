@@ -25,7 +25,7 @@ from fewfire.config import (
 )
 from fewfire.kernels.linear import NATIVE_FORMATS
 from fewfire.model.rope import cos_sin
-from fewfire.runtime.weights import Trunk
+from fewfire.runtime.weights import EMBEDDING, Trunk
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "gelu": 3, "swiglu_clamped": 4}
 _SCORES = {"softmax": 0, "softmax_selected": 1, "sigmoid": 2, "sigmoid_selected": 3, "sparsemixer": 4}
@@ -103,9 +103,18 @@ class Lowered:
             cos[first:stop], sin[first:stop] = made[0][0], made[1][0]
         self._roped = last
 
+    def leave_embedding_on_disk(self) -> int:
+        """A token needs one row: engines made from now on read that. Returns how many bytes of memory it frees."""
+        if self.config.tied_head:  # all of it is the head
+            return 0
+        freed = self.trunk.leave_on_disk(EMBEDDING)
+        if self.trunk.on_disk is not None:
+            self.spec["embed_file"] = self.trunk.on_disk.spec
+        return freed
+
     def _model(self, cache: str) -> dict[str, Any]:
         config = self.config
-        embed = self.trunk.matrix("embed.weight")
+        embed = self.trunk.matrix(EMBEDDING)
         return {
             "model_dim": config.model_dim,
             "vocab_size": config.vocab_size,
@@ -113,6 +122,7 @@ class Lowered:
             "logit_scale": config.logit_scale,
             "residual_scale": config.residual_scale,
             "embed": embed,
+            "embed_file": None,
             "positions": self.trunk.matrix("positions.weight") if config.learned_positions is not None else None,
             "head": embed if config.tied_head else self.trunk.matrix("head.weight"),
             "head_bias": self._vector("head.bias"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,14 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewfire.checkpoints.pack import DAMAGED, EXPERTS, TRUNK, Pack, stored_parts
+from fewfire.checkpoints.pack import DAMAGED, EXPERTS, PLAIN_DTYPES, TRUNK, Pack, stored_parts
 from fewfire.checkpoints.pack_layout import Placed
 from fewfire.errors import ConfigError, FormatError
-from fewfire.formats import Encoded, decode
-from fewfire.kernels import read_checked
+from fewfire.formats import Encoded, decode, tiles
+from fewfire.kernels import crc32c, read_checked
 from fewfire.kernels.isa import extension
 from fewfire.kernels.linear import NATIVE_FORMATS
 
+EMBEDDING = "embed.weight"
 ALIGNMENT = 64  # of every tensor: a cache line, and the widest vector
 _READERS = 4
 _PIECE_BYTES = 16 * 2**20  # of experts.bin at a time
@@ -40,13 +41,18 @@ class Piece(NamedTuple):
     record: str
 
 
-def huge_memory(num_bytes: int) -> Tensor:
-    """uint8 memory of its own, page-aligned, without cost until written; in huge pages where the system has them."""
+def huge_pages(num_bytes: int) -> mmap.mmap:
+    """Memory of its own, page-aligned, without cost until written; in huge pages where the system has them."""
     # Private: pages of shared memory, mmap's default, are small. Not reserved: what is not touched is not promised.
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+    return memory
+
+
+def huge_memory(num_bytes: int) -> Tensor:
+    """The same as uint8."""
+    return torch.frombuffer(huge_pages(num_bytes), dtype=torch.uint8)[:num_bytes]
 
 
 def open_file(path: Path) -> int:
@@ -96,7 +102,10 @@ class Trunk:
         offsets, end = {}, 0
         for name in sorted(sizes, key=lambda name: pack.trunk_headers[name].offset):
             offsets[name], end = end, end + -(-sizes[name] // ALIGNMENT) * ALIGNMENT
-        self.memory = huge_memory(end)
+        self._pages = huge_pages(end)
+        self.memory = torch.frombuffer(self._pages, dtype=torch.uint8)[:end]
+        self._offsets, self.folder, self._headers = offsets, pack.folder, pack.trunk_headers
+        self.on_disk: RowFile | None = None
         self._stored = {name: self.memory[start : start + sizes[name]] for name, start in offsets.items()}
         headers = pack.trunk_headers
         pieces = [
@@ -107,6 +116,31 @@ class Trunk:
 
     def __contains__(self, name: str) -> bool:
         return name in self.placed
+
+    @property
+    def in_memory(self) -> Tensor:
+        """Stored bytes that are in memory, as many as lie together."""
+        if self.on_disk is None:
+            return self.memory
+        return max(self.memory[: self.on_disk.start], self.memory[self.on_disk.stop :], key=len)
+
+    def leave_on_disk(self, name: str) -> int:
+        """Rows of a matrix are read from the file from now on (`on_disk`); returns how many bytes of memory that frees.
+
+        One matrix at most. Its bytes have been compared with their checksum, and each block is again when it is read.
+        """
+        parts = [part for part, _, _ in stored_parts(self.placed[name])]
+        if self.on_disk is not None or not hasattr(mmap, "MADV_DONTNEED"):
+            return 0
+        start = min(self._offsets[part] for part in parts)
+        stop = max(self._offsets[part] + self._stored[part].numel() for part in parts)
+        inner = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+        lies_together = stop - start < sum(self._stored[part].numel() + ALIGNMENT for part in parts)
+        if not lies_together or inner[0] >= inner[1]:
+            return 0
+        self.on_disk = RowFile(self, name, [(self._headers[part].offset, self._stored[part]) for part in parts], inner)
+        self._pages.madvise(mmap.MADV_DONTNEED, inner[0], inner[1] - inner[0])
+        return inner[1] - inner[0]
 
     def encoded(self, name: str) -> Encoded:
         """A parameter as it is stored; no copy."""
@@ -124,6 +158,37 @@ class Trunk:
         rows = placed.shape[0] if len(placed.shape) > 1 else 1
         scales = encoded.scales.data_ptr() if encoded.scales.numel() else 0
         return NATIVE_FORMATS[placed.format], encoded.codes.data_ptr(), scales, rows, placed.shape[-1]
+
+
+class RowFile:
+    """A matrix of the trunk that stays in its file. `start`, `stop`: the bytes of the trunk's memory that it frees.
+
+    `spec` is what the engine is given: file, places and checksums of blocks of 16 rows (plain formats: of rows).
+    """
+
+    def __init__(self, trunk: Trunk, name: str, parts: Sequence[tuple[int, Tensor]], freed: tuple[int, int]):
+        self.start, self.stop = freed
+        placed = trunk.placed[name]
+        block_rows = 1 if placed.format in PLAIN_DTYPES else tiles.ROWS
+        blocks = -(-placed.shape[0] // block_rows)
+        sizes = [stored.numel() // blocks for _, stored in parts]
+        sums = [[crc32c(block) for block in stored.split(size)] for (_, stored), size in zip(parts, sizes)]
+        self._checksums = torch.tensor(sums if len(sums) > 1 else [*sums, [0] * blocks]).T.to(torch.uint32).contiguous()
+        self._file = open_file(trunk.folder / TRUNK)
+        offsets = [offset for offset, _ in parts]
+        self.spec = {
+            "file": self._file,
+            "codes": offsets[0],
+            "code_bytes": sizes[0],
+            "scales": offsets[1] if len(parts) > 1 else 0,
+            "scale_bytes": sizes[1] if len(parts) > 1 else 0,
+            "block_rows": block_rows,
+            "checksums": self._checksums.data_ptr(),
+        }
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
 
 
 def read_experts(pack: Pack, report: Report = lambda num_bytes: None) -> Tensor:

@@ -137,7 +137,7 @@ class Tokenizer:
     def prepare(self) -> None:
         """Make now what is otherwise made when it is first needed (tens of MB for a large vocabulary): afterwards the
         memory of the tokenizer no longer grows."""
-        self._pieces, self._vocabulary, self.end_token_ids  # noqa: B018
+        self._pieces, self.vocab_size, self.end_token_ids  # noqa: B018
         self.encode("a", add_special=True)
 
     # ------------------------------------------------------------------------------------- vocabulary
@@ -145,11 +145,8 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id."""
-        return max([*self._vocabulary.values(), *self._added], default=-1) + 1
-
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return self._backend.get_vocab(with_added_tokens=True)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)  # large, and not kept
+        return max([*vocabulary.values(), *self._added], default=-1) + 1
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -167,12 +164,12 @@ class Tokenizer:
         named = self._named_id("eos_token")
         if named is not None or "eos_token" in self.config:
             return named
-        return next((self._vocabulary[name] for name in _USUAL_ENDS if name in self._vocabulary), None)
+        return next((found for found in map(self.token_to_id, _USUAL_ENDS) if found is not None), None)
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """Every id after which a model has said what it had to say: the end of text, of a turn, of a message."""
-        usual = (self._vocabulary.get(name) for name in (*_USUAL_ENDS, *_TURN_ENDS))
+        usual = map(self.token_to_id, (*_USUAL_ENDS, *_TURN_ENDS))
         found = {self.eos_token_id, *self.config.get("end_token_ids", ()), *(i for i in usual if i in self.control_ids)}
         return frozenset(token_id for token_id in found if token_id is not None)
 
@@ -184,11 +181,11 @@ class Tokenizer:
     def _named_id(self, key: str) -> int | None:
         value = self.config.get(key)
         name = value.get("content") if isinstance(value, dict) else value
-        return self._vocabulary.get(name) if isinstance(name, str) else None
+        return self.token_to_id(name) if isinstance(name, str) else None
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it; None where it has none."""
-        return self._vocabulary.get(token)
+        return self._backend.token_to_id(token)
 
     # -------------------------------------------------------------------------------- encode, decode
 
