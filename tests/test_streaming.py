@@ -343,6 +343,14 @@ def test_texts_take_memory_from_experts_and_give_it_back(folder):
     assert decoder.experts.slots >= 4
 
 
+def test_settings_without_effect_are_named(folder, recwarn):
+    path = tiny_packs.make(folder, "mixtral", "q4", times=3)
+    fewfire.load(path, streaming=Streaming())
+    assert not recwarn
+    with pytest.warns(UserWarning, match="no experts are on disk: policy, lookahead has no effect"):
+        fewfire.load(path, streaming=Streaming(policy="lru", lookahead=True))
+
+
 def test_the_budget_changes_while_running(folder):
     model = fewfire.load(tiny_packs.make(folder, "mixtral", "q4", times=3))
     expected = model.generate([1, 2, 3], max_tokens=8).token_ids

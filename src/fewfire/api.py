@@ -5,6 +5,7 @@ Composes what lies below; the command line and the server call only this. Owns t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -470,4 +471,7 @@ def load(
         raise ConfigError("lossy modes need a pack; make one with `fewfire pack`")
     else:
         module = load_module(path, dtype=wanted, ignore=ignore_keys, memory=budget)
+    idle = [] if streaming is None else streaming.changed
+    if idle and not isinstance(experts_of(module), StreamedExperts):
+        warnings.warn(f"no experts are on disk: {', '.join(idle)} has no effect", stacklevel=2)
     return Model(module, tokenizer=tokenizer, eos_ids=read_eos_ids(path, module.config), folder=path)

@@ -7,6 +7,7 @@ module is imported when it is called, so that `fewfire plan` never pays for torc
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -105,6 +106,7 @@ def _usage_message(error: Any, arguments: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its status. Never shows a traceback for a mistake of the user's."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"
     try:
         status = app(words, standalone_mode=False, prog_name="fewfire")
         sys.stdout.flush()

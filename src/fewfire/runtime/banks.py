@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import sub
 from typing import Any, Literal
 
@@ -49,6 +49,11 @@ class Streaming:
     def __post_init__(self) -> None:
         check(self.policy in ("lru", "lfru", "s3fifo"), f"policy ({self.policy}) is not one of lru, lfru, s3fifo")
         check(1 <= self.num_readers <= 64, f"num_readers ({self.num_readers}) must be between 1 and 64")
+
+    @property
+    def changed(self) -> list[str]:
+        """What is not as it is by default."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
 
 
 @dataclass(frozen=True)
