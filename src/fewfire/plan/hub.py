@@ -35,8 +35,10 @@ def fetch_config(hub_id: str) -> tuple[dict[str, Any], int | None]:
             HFValidationError,
             LocalEntryNotFoundError,
         )
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise ConfigError(f"{hub_id} is a hub id; pip install huggingface_hub to fetch its config") from error
+    logging.set_verbosity_error()  # of its attempts: what came of them is told below
     offline = f"{hub_id} could not be fetched; check the name and the network, or give a local folder"
     try:
         hub = read_json(Path(hf_hub_download(hub_id, "config.json")))
