@@ -12,7 +12,8 @@ namespace {
 
 constexpr std::int64_t kBatchSlots = 1024;  // hidden rows that are made before they are used
 constexpr std::int64_t kLooseSlots = 512;   // up to here every slot's output is kept, and experts may come in any order
-constexpr std::int64_t kDenseSlots = 6;     // slots an expert from which nearly all experts are wanted
+constexpr std::int64_t kDenseSlots = 6;     // slots an expert from which nearly all experts may be wanted;
+constexpr double kMostOf = 0.75;            // if so many of this layer are, the next layer's are read ahead
 constexpr std::int64_t kFetchAhead = 4;     // tokens whose sums, far apart, are fetched before they are added to
 constexpr std::int64_t kCachedTokens = 256;
 
@@ -75,7 +76,9 @@ ExpertRun::ExpertRun(const ExpertLayout& layout, const Activations& acts, const 
 
 Demand ExpertRun::demand() const {
     const std::int64_t slots = room_.starts.back();
-    return {slots > kLooseSlots, slots >= kDenseSlots * layout_.num_experts, low_ != nullptr && slots <= kLooseSlots};
+    const auto busy = static_cast<std::int64_t>(room_.busy.size());
+    const bool wants_most = slots >= kDenseSlots * layout_.num_experts && busy >= kMostOf * static_cast<double>(layout_.num_experts);
+    return {slots > kLooseSlots, wants_most, low_ != nullptr && slots <= kLooseSlots};
 }
 
 void ExpertRun::want(int layer, ExpertSource& source) {
