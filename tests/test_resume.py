@@ -343,8 +343,11 @@ def test_a_crash_just_after_the_rename_leaves_a_whole_pack(hub, whole, tmp_path)
 def test_ctrl_c_says_how_to_go_on_and_json_how_much_was_there(hub, tmp_path):
     """The command is stopped by the signal itself, while it waits for an expert."""
     script = (
-        "import os, time\nfrom fewfire.checkpoints import pack_writer, unfinished\nunfinished.SYNC_BYTES = 1\n"
-        "pack_writer._Writer._record = lambda *_: os.write(1, b'here\\n') and time.sleep(4)\n"
+        "import os, signal, threading\nfrom fewfire.checkpoints import pack_writer, unfinished\n"
+        "unfinished.SYNC_BYTES = 1\n"
+        "stopped = threading.Event()\n"
+        "signal.signal(signal.SIGINT, lambda *at: stopped.set() or signal.default_int_handler(*at))\n"
+        "pack_writer._Writer._record = lambda *_: os.write(1, b'here\\n') and stopped.wait(60)\n"
         f"from fewfire.cli.main import main\nmain(['pack', {str(hub)!r}, {str(tmp_path / 'pack')!r}])\n"
     )
     command = [sys.executable, "-c", script]
