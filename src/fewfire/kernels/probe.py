@@ -92,24 +92,49 @@ def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, second
 
     What a call costs besides (starting threads, codes of the tokens) is left out: a product of a block a thread.
     """
-    rows, few = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS, _BLOCK * threads
-    took = _typical_s(_product(format_name, rows, _COLUMNS, num_tokens, threads), seconds, _UNDISTURBED)
-    besides = _typical_s(_product(format_name, few, _COLUMNS, num_tokens, threads), seconds / 4, _UNDISTURBED)
-    if few >= rows:
-        return 2 * rows * _COLUMNS * num_tokens / took
-    return 2 * (rows - few) * _COLUMNS * num_tokens / max(took - besides, took / 4)
+    probe = _ProductProbe(format_name, num_tokens, threads)
+    probe.time(seconds)
+    return probe.ops_per_s
+
+
+class _ProductProbe:
+    """The same in several rounds, each the fastest of its calls: their mean is what a long run meets, where work of
+    others comes and goes."""
+
+    def __init__(self, format_name: str, num_tokens: int, threads: int):
+        rows, few = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS, _BLOCK * threads
+        self.rows, self.few, self.num_tokens = rows, few if few < rows else 0, num_tokens
+        self._whole = _product(format_name, rows, _COLUMNS, num_tokens, threads)
+        self._besides = _product(format_name, few, _COLUMNS, num_tokens, threads)
+        self._took_s: list[float] = []
+
+    def time(self, seconds: float) -> None:
+        took = _typical_s(self._whole, seconds, _UNDISTURBED)
+        besides = _typical_s(self._besides, seconds / 4, _UNDISTURBED) if self.few else 0.0
+        self._took_s.append(max(took - besides, took / 4))
+
+    @property
+    def ops_per_s(self) -> float:
+        typical = sum(self._took_s) / len(self._took_s)
+        return 2 * (self.rows - self.few) * _COLUMNS * self.num_tokens / typical
 
 
 def kernel_rates(
-    threads: int, formats: Iterable[str] = NATIVE_FORMATS, *, seconds: float = 0.02, tokens: Iterable[int] = TOKENS
+    threads: int,
+    formats: Iterable[str] = NATIVE_FORMATS,
+    *,
+    seconds: float = 0.02,
+    tokens: Iterable[int] = TOKENS,
+    rounds: int = 1,
 ) -> KernelRates:
-    """Rates of all `formats` that have kernels (bf16 always), each of `tokens` timed for `seconds`."""
+    """Rates of all `formats` that have kernels (bf16 always), each of `tokens` timed for `seconds` in some `rounds`."""
     names = sorted({"bf16", *formats} & NATIVE_FORMATS.keys())
     counts = sorted(tokens)
-    products = {
-        name: _smooth([(count, product_ops_per_s(name, count, threads, seconds=seconds)) for count in counts])
-        for name in names
-    }
+    probes = {(name, count): _ProductProbe(name, count, threads) for name in names for count in counts}
+    for _ in range(rounds):
+        for probe in probes.values():
+            probe.time(seconds / rounds)
+    products = {name: _smooth([(count, probes[name, count].ops_per_s) for count in counts]) for name in names}
     return KernelRates(
         products,
         float_ops_per_s=float_ops_per_s(threads, seconds=seconds),

@@ -39,6 +39,7 @@ from fewfire.runtime.weights import open_file
 RECORD_SIZES = (2**20, DISK_READ_BYTES, 4 * 2**20, 8 * 2**20)  # experts' records are of these sizes
 _SHORT_S = 0.1  # of reading memory beside a loaded model: some passes over its own weights
 _SHORT_BYTES = 256 * 2**20
+_ROUNDS = 8  # of kernels, over some tenths of a second
 
 
 def probe_machine(disk_folder: Path, *, say: Callable[[str], None] = lambda message: None) -> MachineProfile:
@@ -143,7 +144,7 @@ def probe_part(module: NativeDecoder, *, seconds: float = _SHORT_S, bandwidth: f
     pack, threads = module.pack, torch.get_num_threads()
     formats = {each.format for each in pack.layout.trunk}
     formats |= {matrix.format for layer in pack.layout.experts for matrix in layer.matrices}
-    kernels = kernel_rates(threads, formats, seconds=seconds / 30)
+    kernels = kernel_rates(threads, formats, seconds=seconds / 30, rounds=_ROUNDS)
     disk = _records_rate(module)
     return MachineProfile(
         host=platform.node(),
