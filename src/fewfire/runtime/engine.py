@@ -192,6 +192,10 @@ class NativeDecoder(nn.Module):
         )
         return next(fits, resident.CHUNKS[-1])
 
+    def _step_tokens(self, num_tokens: int) -> int:
+        """As many of these tokens as one step takes."""
+        return num_tokens if num_tokens <= self._scratch_tokens else min(num_tokens, self.chunk_tokens)
+
     def _scratch_bytes(self, num_tokens: int) -> int:
         return scratch_bytes(self.config, num_tokens, self._roped, torch.get_num_threads())
 
@@ -289,8 +293,7 @@ class NativeDecoder(nn.Module):
         batch, num_new = ids_BT.shape
         cache = self.new_cache() if cache is None else cache
         sequences = cache.of(batch)
-        is_small = batch * num_new <= resident.CHUNKS[-1]
-        step = max(1, num_new if is_small else self.chunk_tokens // batch)
+        step = max(1, self._step_tokens(batch * num_new) // max(batch, 1))
         check(replay is None or batch == 1 or num_new <= step, f"replayed steps hold {step} tokens of a text at most")
         if num_new <= step:
             return self.run(sequences, list(ids_BT), observe, replay).view(batch, num_new, self.config.model_dim)
@@ -404,7 +407,7 @@ class NativeDecoder(nn.Module):
         count = rows.shape[0]
         with self.account.lent(4 * count * vocab, f"the logits of {count} tokens") if count > 1 else nullcontext():
             out = torch.empty((count, vocab))
-            step = max(1, count if count <= resident.CHUNKS[-1] else min(count, self.chunk_tokens))
+            step = max(1, self._step_tokens(count))
             self._make_room(step)
             for part, target in zip(rows.split(step), out.split(step), strict=True):
                 self.engine.head(part.data_ptr(), part.shape[0], target.data_ptr(), torch.get_num_threads())

@@ -104,15 +104,14 @@ class Trunk:
             offsets[name], end = end, end + -(-sizes[name] // ALIGNMENT) * ALIGNMENT
         self._pages = huge_pages(end)
         self.memory = torch.frombuffer(self._pages, dtype=torch.uint8)[:end]
-        self._offsets, self.folder, self._headers = offsets, pack.folder, pack.trunk_headers
         self.on_disk: RowFile | None = None
         self._stored = {name: self.memory[start : start + sizes[name]] for name, start in offsets.items()}
-        headers = pack.trunk_headers
+        self._offsets, self._headers, self.path = offsets, pack.trunk_headers, pack.folder / TRUNK
         pieces = [
-            Piece(headers[name].offset, values, pack.trunk_checksum(name), name)
+            Piece(self._headers[name].offset, values, pack.trunk_checksum(name), name)
             for name, values in self._stored.items()
         ]
-        read_pieces(pack.folder / TRUNK, pieces, report)
+        read_pieces(self.path, pieces, report)
 
     def __contains__(self, name: str) -> bool:
         return name in self.placed
@@ -138,7 +137,9 @@ class Trunk:
         lies_together = stop - start < sum(self._stored[part].numel() + ALIGNMENT for part in parts)
         if not lies_together or inner[0] >= inner[1]:
             return 0
-        self.on_disk = RowFile(self, name, [(self._headers[part].offset, self._stored[part]) for part in parts], inner)
+        self.on_disk = RowFile(
+            self.path, self.placed[name], self.encoded(name), [self._headers[part].offset for part in parts], inner
+        )
         self._pages.madvise(mmap.MADV_DONTNEED, inner[0], inner[1] - inner[0])
         return inner[1] - inner[0]
 
@@ -166,22 +167,23 @@ class RowFile:
     `spec` is what the engine is given: file, places and checksums of blocks of 16 rows (plain formats: of rows).
     """
 
-    def __init__(self, trunk: Trunk, name: str, parts: Sequence[tuple[int, Tensor]], freed: tuple[int, int]):
+    def __init__(self, path: Path, placed: Placed, encoded: Encoded, offsets: Sequence[int], freed: tuple[int, int]):
         self.start, self.stop = freed
-        placed = trunk.placed[name]
         block_rows = 1 if placed.format in PLAIN_DTYPES else tiles.ROWS
         blocks = -(-placed.shape[0] // block_rows)
-        sizes = [stored.numel() // blocks for _, stored in parts]
-        sums = [[crc32c(block) for block in stored.split(size)] for (_, stored), size in zip(parts, sizes)]
-        self._checksums = torch.tensor(sums if len(sums) > 1 else [*sums, [0] * blocks]).T.to(torch.uint32).contiguous()
-        self._file = open_file(trunk.folder / TRUNK)
-        offsets = [offset for offset, _ in parts]
+        sizes = [stored.numel() // blocks for stored in encoded]
+        sums = [
+            [crc32c(stored[at * size : (at + 1) * size]) for stored, size in zip(encoded, sizes)]
+            for at in range(blocks)
+        ]
+        self._checksums = torch.tensor(sums).to(torch.uint32)
+        self._file = open_file(path)
         self.spec = {
             "file": self._file,
             "codes": offsets[0],
             "code_bytes": sizes[0],
-            "scales": offsets[1] if len(parts) > 1 else 0,
-            "scale_bytes": sizes[1] if len(parts) > 1 else 0,
+            "scales": offsets[-1],  # of plain formats none are read
+            "scale_bytes": sizes[1],
             "block_rows": block_rows,
             "checksums": self._checksums.data_ptr(),
         }
