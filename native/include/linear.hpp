@@ -194,14 +194,6 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
 
 // -------------------------------------------------------------------------------------------------- many tokens
 
-// Some groups of up to kMostBlocks blocks: bytes + 128 in q8's order, block b's at b * gap; and for every run of columns 16
-// scales (and minima) of each block.
-struct Panel {
-    const std::uint8_t* bytes;
-    std::int64_t gap;
-    float *scales, *minima;  // ((group, run), kMostBlocks, 16)
-};
-
 // What is unpacked next: the codes of up to kMostBlocks blocks, each in parts that are fetched one at a time.
 struct Ahead {
     const std::uint8_t* codes[kMostBlocks] = {};
@@ -429,7 +421,7 @@ private:
         };
         add_tiles(tiles_.larger);
         add_tiles(tiles_.tiles);
-        wide_.add_groups(first, some, {panel.bytes, panel.gap, panel.scales, panel.minima});
+        wide_.add_groups(first, some, panel);
         if constexpr (kHasMinimum) add_panel_minima(panel, blocks, first, some);
     }
 

@@ -10,7 +10,8 @@ namespace fewfire {
 bool keep_freed_memory();
 
 // From now on large blocks go back to the kernel as they are freed, however large they come, so that a process that keeps
-// a memory budget does not hold what it no longer uses; what is free already goes back now. The other way round than keep_freed_memory; the last call counts.
+// a memory budget does not hold what it no longer uses; what is free already goes back now. The other way round than
+// keep_freed_memory; the last call counts.
 bool return_freed_memory();
 
 }  // namespace fewfire

@@ -10,7 +10,7 @@
 namespace fewfire {
 namespace {
 
-// Where one run of columns finds its numbers. All but the last four move on to the next run of the same group.
+// Where one run of columns finds its numbers. Codes, bytes, starts and scales move on to the next run of the same group.
 struct TileRun {
     const std::int8_t* codes;     // of the tokens, 128 bytes apart
     const std::uint8_t* bytes;    // of the first block, 64 for every four columns

@@ -73,11 +73,12 @@ constexpr std::int64_t wide_bytes(std::int64_t groups, std::int64_t tokens) {
     return tokens * (groups * static_cast<std::int64_t>(sizeof(WideQuad)) + kMostBlocks * kRows * 4 + 1) + 64;
 }
 
-// Some groups of some blocks as bytes + 128, as products of many tokens unpack them (see Panel).
-struct UnpackedGroups {
-    const std::uint8_t* bytes;  // block b's at b * gap
+// Some groups of up to kMostBlocks blocks: bytes + 128 in q8's order, block b's at b * gap; and for every run of columns 16
+// scales (and minima) of each block.
+struct Panel {
+    const std::uint8_t* bytes;
     std::int64_t gap;
-    const float *scales, *minima;  // (groups, runs, kMostBlocks, 16)
+    float *scales, *minima;  // ((group, run), kMostBlocks, 16)
 };
 
 // All wide quads of some tiles, added to the products of some blocks after another.
@@ -123,7 +124,7 @@ public:
         }
     }
 
-    void add_groups(std::int64_t first, std::int64_t some, const UnpackedGroups& of) {
+    void add_groups(std::int64_t first, std::int64_t some, const Panel& of) {
         for (; at_ < count_ && quads_[at_].group < first + some; ++at_) add_unpacked(quads_[at_], quads_[at_].group - first, of);
     }
 
@@ -143,7 +144,7 @@ public:
 
 private:
     // `group`: which of the unpacked ones.
-    void add_unpacked(const WideQuad& wide, std::int64_t group, const UnpackedGroups& of) {
+    void add_unpacked(const WideQuad& wide, std::int64_t group, const Panel& of) {
         std::int8_t bytes[4];
         std::memcpy(bytes, &wide.word, 4);
         const typename Ops::Word word = Ops::word(bytes);
