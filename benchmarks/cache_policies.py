@@ -25,7 +25,8 @@ BAR = 0.08
 def informed_rate(trace: Trace, slots: int, reuse: float) -> float:
     """Hit rate where what leaves is what comes next least probably: each expert by its own share of tokens, or, with
     `reuse`, because its layer's last token had it."""
-    first_ids = np.cumsum([0, *trace.num_experts])
+    first_ids, num_layers = np.cumsum([0, *trace.num_experts]), len(trace.num_experts)
+    layers = np.repeat(np.arange(num_layers), trace.num_experts)
     shares = np.concatenate([counts.numpy() for counts in trace.counts()]) / trace.num_tokens
     chances, held, hits, wanted = (1 - reuse) * shares, np.zeros(trace.num_records, bool), 0, 0
     for layer, *experts in ((step.layer, *step.experts) for step in decode_steps(trace)):
@@ -36,7 +37,8 @@ def informed_rate(trace: Trace, slots: int, reuse: float) -> float:
         hits, wanted = hits + len(ids) - len(missing), wanted + len(ids)
         for id in missing:
             if held.sum() >= slots:
-                may_leave = np.where(held, chances, np.inf)
+                waits = 1 + ((layers - layer - 1) % num_layers + 1) / num_layers  # as lfru counts it
+                may_leave = np.where(held, chances / waits, np.inf)
                 may_leave[ids] = np.inf
                 held[may_leave.argmin()] = False
             held[id] = True

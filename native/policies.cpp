@@ -55,134 +55,6 @@ private:
     std::int64_t clock_ = 0;
 };
 
-// How probably a record is wanted when its layer runs next: the fading share of turns in which it was, and more for those of
-// the layer's last turn (Lee et al., LRFU, 2001, with two memories in place of one). How much more is learned: it is the
-// share of the last turn's records that come again beyond what their fading shares explain.
-class Lfru final : public Policy {
-public:
-    explicit Lfru(std::int64_t count) : records_(static_cast<std::size_t>(count)) {}
-
-    void want(std::int64_t first_id, const std::int32_t* experts, int count) override {
-        if (first_id <= turn_) pass();
-        turn_ = first_id;
-        std::vector<std::int64_t>& last = last_[first_id];
-        learn(last, first_id, experts, count);
-        for (const std::int64_t id : last) {
-            record(id).is_last = false;
-            push(id);
-        }
-        last.clear();
-        for (int i = 0; i < count; ++i) {
-            const std::int64_t id = first_id + experts[i];
-            last.push_back(id);
-            record(id).is_last = true;
-            record(id).sum += weight_;
-            push(id);
-        }
-    }
-    void hit(std::int64_t) override {}
-    void insert(std::int64_t id) override {
-        Record& of = record(id);
-        if (!of.is_last) of.sum = std::max(of.sum, weight_);  // expected, but not wanted yet
-        of.is_in = true;
-        push(id);
-    }
-    void remove(std::int64_t id) override { record(id).is_in = false; }
-
-    std::int64_t victim(const std::vector<std::int32_t>& pins) const override {
-        const Entry other = least(others_, false, pins), recent = least(recent_, true, pins);
-        if (other.second < 0 || recent.second < 0) return std::max(other.second, recent.second);
-        const double bonus = reuse();
-        const bool keeps_recent = (1 - bonus) * share(other.first) <= (1 - bonus) * share(recent.first) + bonus;
-        return keeps_recent ? other.second : recent.second;
-    }
-
-private:
-    using Entry = std::pair<double, std::int64_t>;
-    using Heap = std::vector<Entry>;  // the least first; an entry whose record has changed since is no longer true
-    struct Record {
-        double sum = 0;  // of the weights of the turns in which it was wanted
-        bool is_in = false, is_last = false;
-    };
-    static constexpr double kGrowth = 1.0108892860517005;  // 2^(1/64): a turn counts half after 64 more
-    static constexpr double kMost = 0x1p500;
-    static constexpr double kFade = 255.0 / 256;  // of what is learned, a layer's turn
-
-    Record& record(std::int64_t id) { return records_[static_cast<std::size_t>(id)]; }
-    double share(double sum) const { return std::min(1.0, sum * (1 - 1 / kGrowth) / weight_); }
-    double reuse() const { return again_ > expected_ ? (again_ - expected_) / (seen_ - expected_) : 0.0; }
-
-    void push(std::int64_t id) {
-        const Record& of = record(id);
-        if (!of.is_in) return;
-        Heap& heap = of.is_last ? recent_ : others_;
-        if (heap.size() > 4 * records_.size()) return tidy();
-        heap.emplace_back(of.sum, id);
-        std::push_heap(heap.begin(), heap.end(), std::greater<>());
-    }
-
-    // The least of `heap` that may leave; an id of -1 where there is none. What is not true is dropped.
-    Entry least(Heap& heap, bool is_last, const std::vector<std::int32_t>& pins) const {
-        Heap pinned;
-        Entry found{0, -1};
-        while (!heap.empty() && found.second < 0) {
-            const Entry top = heap.front();
-            const auto at = static_cast<std::size_t>(top.second);
-            const Record& of = records_[at];
-            const bool is_true = of.is_in && of.is_last == is_last && of.sum == top.first;
-            if (is_true && pins[at] == 0) {
-                found = top;
-                break;
-            }
-            std::pop_heap(heap.begin(), heap.end(), std::greater<>());
-            heap.pop_back();
-            if (is_true) pinned.push_back(top);
-        }
-        for (const Entry& entry : pinned) {
-            heap.push_back(entry);
-            std::push_heap(heap.begin(), heap.end(), std::greater<>());
-        }
-        return found;
-    }
-
-    // Heaps of what is true only.
-    void tidy() {
-        recent_.clear(), others_.clear();
-        for (std::size_t id = 0; id < records_.size(); ++id) {
-            const Record& of = records_[id];
-            if (of.is_in) (of.is_last ? recent_ : others_).emplace_back(of.sum, static_cast<std::int64_t>(id));
-        }
-        std::make_heap(recent_.begin(), recent_.end(), std::greater<>());
-        std::make_heap(others_.begin(), others_.end(), std::greater<>());
-    }
-
-    // All layers have run: what was before counts less.
-    void pass() {
-        weight_ *= kGrowth;
-        if (weight_ < kMost) return;
-        weight_ /= kMost;
-        for (Record& of : records_) of.sum /= kMost;
-        tidy();
-    }
-
-    void learn(const std::vector<std::int64_t>& last, std::int64_t first_id, const std::int32_t* experts, int count) {
-        if (last.empty()) return;
-        again_ *= kFade, expected_ *= kFade, seen_ *= kFade;
-        for (const std::int64_t id : last) {
-            again_ += std::binary_search(experts, experts + count, static_cast<std::int32_t>(id - first_id)) ? 1 : 0;
-            expected_ += share(record(id).sum);
-            seen_ += 1;
-        }
-    }
-
-    std::vector<Record> records_;
-    mutable Heap recent_, others_;  // records that are in: those of their layer's last turn, and the others
-    std::map<std::int64_t, std::vector<std::int64_t>> last_;  // by a layer's first id: what its last turn wanted
-    std::int64_t turn_ = -1;
-    double weight_ = 1;
-    double again_ = 1, expected_ = 0, seen_ = 4;
-};
-
 // A short queue for what is new, a long one for what was wanted again, and a memory of what left the short one (Yang et
 // al., FIFO queues are all you need, 2023).
 class S3Fifo final : public Policy {
@@ -266,9 +138,10 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_policy(CachePolicy kind, std::int64_t count) {
+std::unique_ptr<Policy> make_policy(CachePolicy kind, const std::vector<std::int64_t>& first_ids) {
+    const std::int64_t count = first_ids.back();
     switch (kind) {
-        case CachePolicy::kLfru: return std::make_unique<Lfru>(count);
+        case CachePolicy::kLfru: return make_lfru(first_ids);
         case CachePolicy::kS3Fifo: return std::make_unique<S3Fifo>(count);
         case CachePolicy::kLru:
         case CachePolicy::kBelady: break;

@@ -270,7 +270,7 @@ Simulated simulate(CachePolicy kind, const std::vector<std::int64_t>& first_ids,
         }
     }
     const std::int64_t count = first_ids.back();
-    std::unique_ptr<Policy> policy = kind == CachePolicy::kBelady ? make_belady(count, wanted) : make_policy(kind, count);
+    std::unique_ptr<Policy> policy = kind == CachePolicy::kBelady ? make_belady(count, wanted) : make_policy(kind, first_ids);
     Policy& known = *policy;
     Residency residency(first_ids, capacity, std::move(policy));
     std::int64_t now = 0;

@@ -41,7 +41,7 @@ ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint3
       first_ids_(first_ids_of(layers_)),
       checksums_(std::move(checksums)),
       settings_(settings),
-      residency_(first_ids_, settings.capacity, make_policy(settings.policy, first_ids_.back())),
+      residency_(first_ids_, settings.capacity, make_policy(settings.policy, first_ids_)),
       stamp_(stamp_of(settings.file)),
       readings_(static_cast<std::size_t>(first_ids_.back())),
       uses_(static_cast<std::size_t>(first_ids_.back())),

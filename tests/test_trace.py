@@ -212,7 +212,7 @@ def test_nothing_hits_more_than_belady_and_the_default_hits_most_of_the_rest():
 def test_a_policy_remembers_over_more_passes_than_its_numbers_hold():
     trace = draw_trace([[8.0, 4, 2, 1, 1, 1]], 2, 100, reuse=0.2)
     steps = decode_steps(trace)
-    short, long = simulate([6], steps, 3, "lfru"), simulate([6], steps * 400, 3, "lfru")  # 2^(1/64)^40000 is 2^625
+    short, long = simulate([6], steps, 3, "lfru"), simulate([6], steps * 400, 3, "lfru")  # weights grow to 2^2500
     assert long.hit_rate > short.hit_rate - 0.02
 
 

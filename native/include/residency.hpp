@@ -30,7 +30,9 @@ public:
     virtual void at(std::int64_t) {}
 };
 
-std::unique_ptr<Policy> make_policy(CachePolicy kind, std::int64_t count);
+// `first_ids`: where each layer's records begin, and the count at the end.
+std::unique_ptr<Policy> make_policy(CachePolicy kind, const std::vector<std::int64_t>& first_ids);
+std::unique_ptr<Policy> make_lfru(const std::vector<std::int64_t>& first_ids);
 
 // Belady's: the record that is wanted latest leaves. `wanted`: the ids of the whole trace, one after the other.
 std::unique_ptr<Policy> make_belady(std::int64_t count, const std::vector<std::int64_t>& wanted);

@@ -15,6 +15,9 @@ from fewfire.runtime.banks import LayerCounts
 if TYPE_CHECKING:
     from fewfire.trace.simulate import Step
 
+FADE = 255 / 256  # of what is learned of reuse, a layer's turn
+MOST = 2.0**400  # weights stay below it
+
 
 class Lru:
     """Least recently used."""
@@ -38,59 +41,101 @@ class Lru:
 
 
 class Lfru:
-    """How probably a record is wanted when its layer runs next: the fading share of passes over the model in which it
-    was, and `reuse` more where it was in the layer's last turn. `reuse` is learned: the share of the last turn's
-    records that come again, beyond what their fading shares explain."""
+    """How probably a record is wanted when its layer runs next, over how long its slot waits for that. The chance: the
+    fading share of passes over the model in which it was wanted, and more where it was in the layer's last turn. How
+    much more is learned: the share of the last turn's records that come again, beyond what their fading shares explain.
+    So is the half-life of shares: of three, that whose chances have lately been nearest to what was wanted."""
 
-    growth = 1.0108892860517005  # 2^(1/64)
-
-    def __init__(self) -> None:
-        self.sums, self.last = defaultdict[int, float](float), dict[int, list[int]]()
-        self.weight, self.layer = 1.0, -1
-        self.again, self.expected, self.seen = 1.0, 0.0, 4.0
-
-    def share(self, id: int) -> float:
-        return min(1.0, self.sums[id] * (1 - 1 / self.growth) / self.weight)
+    def __init__(self, first_ids: Sequence[int]) -> None:
+        self.first_ids, self.layer = first_ids, first_ids[-1]
+        self.memories = [Memory(2 ** (1 / half_life)) for half_life in (16, 64, 256)]
+        self.used, self.last = self.memories[0], dict[int, list[int]]()
+        self.again, self.seen = 1.0, 4.0
 
     def want(self, first_id: int, ids: Sequence[int]) -> None:
         if first_id <= self.layer:
-            self.weight *= self.growth
-        if self.weight >= 2.0**500:
-            self.weight /= 2.0**500
-            self.sums = defaultdict(float, {id: value / 2.0**500 for id, value in self.sums.items()})
+            self.used = min(self.memories, key=lambda memory: memory.error)
+            for memory in self.memories:
+                memory.fade()
         self.layer = first_id
         last = self.last.get(first_id, [])
         if last:
-            fade = 255 / 256
-            self.again, self.expected, self.seen = self.again * fade, self.expected * fade, self.seen * fade
+            for memory in self.memories:
+                memory.error += self.error(memory, first_id, last, ids)
+            self.again, self.seen = self.again * FADE, self.seen * FADE
+            for memory in self.memories:
+                memory.expected *= FADE
             for id in last:
                 self.again += id in ids
-                self.expected += self.share(id)
                 self.seen += 1
+                for memory in self.memories:
+                    memory.expected += memory.sums[id] / memory.total
         self.last[first_id] = list(ids)
         for id in ids:
-            self.sums[id] += self.weight
+            for memory in self.memories:
+                memory.set(first_id, id, memory.sums[id] + memory.weight)
+
+    def error(self, memory: Memory, first_id: int, last: Sequence[int], ids: Sequence[int]) -> float:
+        """The sum over a layer's records of (chance - wanted)², less the number wanted."""
+        reuse = self.reuse(memory)
+        fades = (1 - reuse) / memory.total
+        wanted = sum(fades * memory.sums[id] + (reuse if id in last else 0) for id in ids)
+        again = 2 * fades * sum(memory.sums[id] for id in last) + reuse * len(last)
+        return fades * fades * memory.squares[first_id] + reuse * again - 2 * wanted
+
+    def reuse(self, memory: Memory) -> float:
+        extra = self.again - memory.expected
+        return extra / (self.seen - memory.expected) if extra > 0 else 0.0
 
     def hit(self, id: int) -> None: ...
+
+    def number(self, id: int) -> int:
+        """The layer of a record."""
+        return bisect.bisect_right(self.first_ids, id) - 1
 
     def is_last(self, id: int) -> bool:
         return any(id in ids for ids in self.last.values())
 
     def insert(self, id: int) -> None:
         if not self.is_last(id):
-            self.sums[id] = max(self.sums[id], self.weight)
+            first_id = self.first_ids[self.number(id)]
+            for memory in self.memories:
+                memory.set(first_id, id, max(memory.sums[id], memory.weight))
 
     def remove(self, id: int) -> None: ...
 
     def victim(self, may_leave: Collection[int]) -> int | None:
-        recent = min((id for id in may_leave if self.is_last(id)), key=lambda id: (self.sums[id], id), default=None)
-        other = min((id for id in may_leave if not self.is_last(id)), key=lambda id: (self.sums[id], id), default=None)
-        if recent is None or other is None:
-            return other if recent is None else recent
-        extra = self.again - self.expected
-        reuse = extra / (self.seen - self.expected) if extra > 0 else 0.0
-        keeps_recent = (1 - reuse) * self.share(other) <= (1 - reuse) * self.share(recent) + reuse
-        return other if keeps_recent else recent
+        return min(may_leave, key=lambda id: (self.worth(id), id), default=None)
+
+    def worth(self, id: int) -> float:
+        """The chance that it is wanted in its layer's next turn, over 1 + the share of a pass until then."""
+        reuse, memory, num_layers = self.reuse(self.used), self.used, len(self.first_ids)
+        chance = (1 - reuse) / (memory.total + memory.weight) * memory.sums[id] + (reuse if self.is_last(id) else 0)
+        turns = (self.number(id) - self.number(self.layer) - 1) % num_layers + 1
+        return chance / (1 + turns / num_layers)
+
+
+class Memory:
+    """Fading shares of one half-life: sums of weights, of which each pass over the model has a larger one."""
+
+    def __init__(self, growth: float):
+        self.growth, self.weight, self.total = growth, 1.0, 0.0
+        self.sums, self.squares = defaultdict[int, float](float), defaultdict[int, float](float)
+        self.expected, self.error = 0.0, 0.0
+
+    def set(self, first_id: int, id: int, value: float) -> None:
+        self.squares[first_id] += value * value - self.sums[id] * self.sums[id]
+        self.sums[id] = value
+
+    def fade(self) -> None:
+        """One pass has ended."""
+        self.error *= 2 ** (-1 / 64)
+        self.total += self.weight
+        self.weight *= self.growth
+        if self.weight >= MOST:
+            self.weight, self.total = self.weight / MOST, self.total / MOST
+            self.sums = defaultdict(float, {id: value / MOST for id, value in self.sums.items()})
+            self.squares = defaultdict(float, {id: value / (MOST * MOST) for id, value in self.squares.items()})
 
 
 class S3Fifo:
@@ -280,7 +325,9 @@ def simulate(
 ) -> tuple[tuple[LayerCounts, ...], int]:
     """Counts by layer, and evictions."""
     wanted = [first_ids[step.layer] + expert for step in steps for expert in step.experts]
-    made = {"lru": Lru, "lfru": Lfru, "s3fifo": S3Fifo, "belady": lambda: Belady(wanted)}[policy]()
+    made = {"lru": Lru, "lfru": lambda: Lfru(first_ids[:-1]), "s3fifo": S3Fifo, "belady": lambda: Belady(wanted)}[
+        policy
+    ]()
     cache = Cache(first_ids, slots, made)
     for step in steps:
         cache.run(step)
