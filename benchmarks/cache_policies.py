@@ -23,8 +23,8 @@ BAR = 0.08
 
 
 def informed_rate(trace: Trace, slots: int, reuse: float) -> float:
-    """Hit rate where what leaves is what comes next least probably: each expert by its own share of tokens, or, with
-    `reuse`, because its layer's last token had it."""
+    """Hit rate where what leaves is what comes next least probably, over how long its slot waits for that: each expert
+    by its own share of tokens, or, with `reuse`, because its layer's last token had it."""
     first_ids, num_layers = np.cumsum([0, *trace.num_experts]), len(trace.num_experts)
     layers = np.repeat(np.arange(num_layers), trace.num_experts)
     shares = np.concatenate([counts.numpy() for counts in trace.counts()]) / trace.num_tokens

@@ -21,17 +21,17 @@ public:
         : first_ids_(first_ids),
           records_(static_cast<std::size_t>(first_ids.back())),
           layers_(first_ids.size() - 1),
-          turn_(layers_.size() - 1) {}
+          turn_(static_cast<int>(layers_.size()) - 1) {}
 
-    void want(std::int64_t first_id, const std::int32_t* experts, int count) override {
-        const std::size_t now = layer_of(first_id);
+    void want(int now, const std::int32_t* experts, int count) override {
         if (now <= turn_) pass();
         turn_ = now;
-        Layer& layer = layers_[now];
+        Layer& layer = layers_[static_cast<std::size_t>(now)];
+        const std::int64_t first_id = first_ids_[static_cast<std::size_t>(now)];
         learn(layer, first_id, experts, count);
         for (const std::int64_t id : layer.last) {
             record(id).is_last = false;
-            push(layer, id);
+            push(now, id);
         }
         layer.last.clear();
         for (int i = 0; i < count; ++i) {
@@ -40,28 +40,30 @@ public:
             Record& of = record(id);
             of.is_last = true;
             for (int m = 0; m < kMemories; ++m) set_sum(layer, of, m, of.sums[m] + memories_[m].weight);
-            push(layer, id);
+            push(now, id);
         }
     }
     void hit(std::int64_t) override {}
     void insert(std::int64_t id) override {
         Record& of = record(id);
-        Layer& layer = layers_[layer_of(id)];
+        const int index = layer_of_record(first_ids_, id);
+        Layer& layer = layers_[static_cast<std::size_t>(index)];
         for (int m = 0; m < kMemories && !of.is_last; ++m) {  // expected, but not wanted yet
             set_sum(layer, of, m, std::max(of.sums[m], memories_[m].weight));
         }
         of.is_in = true;
-        push(layer, id);
+        push(index, id);
     }
     void remove(std::int64_t id) override { record(id).is_in = false; }
 
     std::int64_t victim(const std::vector<std::int32_t>& pins) const override {
         const double bonus = reuse(used_), fades = (1 - bonus) / (memories_[used_].total + memories_[used_].weight);
         Entry found{0, -1};
-        for (std::size_t l = 0; l < layers_.size(); ++l) {
-            const Layer& layer = layers_[l];
-            const double turns = static_cast<double>((l + layers_.size() - turn_ - 1) % layers_.size() + 1);
-            const double waits = 1 + turns / static_cast<double>(layers_.size());
+        const int num_layers = static_cast<int>(layers_.size());
+        for (int index = 0; index < num_layers; ++index) {
+            const Layer& layer = layers_[static_cast<std::size_t>(index)];
+            const int turns = (index + num_layers - turn_ - 1) % num_layers + 1;
+            const double waits = 1 + static_cast<double>(turns) / num_layers;
             for (const bool is_last : {false, true}) {
                 const Entry least = least_of(is_last ? layer.recent : layer.others, is_last, pins);
                 const double worth = (fades * least.first + (is_last ? bonus : 0)) / waits;
@@ -96,9 +98,6 @@ private:
 
     Record& record(std::int64_t id) { return records_[static_cast<std::size_t>(id)]; }
     const Record& record(std::int64_t id) const { return records_[static_cast<std::size_t>(id)]; }
-    std::size_t layer_of(std::int64_t id) const {
-        return static_cast<std::size_t>(std::upper_bound(first_ids_.begin(), first_ids_.end(), id) - first_ids_.begin()) - 1;
-    }
     // The chance to come again of a record of the last turn that its share does not explain.
     double reuse(int m) const {
         const double expected = memories_[m].expected;
@@ -110,12 +109,12 @@ private:
         of.sums[m] = sum;
     }
 
-    void push(Layer& layer, std::int64_t id) {
+    void push(int index, std::int64_t id) {
         const Record& of = record(id);
         if (!of.is_in) return;
-        Heap& heap = of.is_last ? layer.recent : layer.others;
-        const auto index = static_cast<std::size_t>(&layer - layers_.data());
-        if (static_cast<std::int64_t>(heap.size()) > 4 * (first_ids_[index + 1] - first_ids_[index])) return tidy(index);
+        const auto at = static_cast<std::size_t>(index);
+        Heap& heap = of.is_last ? layers_[at].recent : layers_[at].others;
+        if (static_cast<std::int64_t>(heap.size()) > 4 * (first_ids_[at + 1] - first_ids_[at])) return tidy(at);
         heap.emplace_back(of.sums[used_], id);
         std::push_heap(heap.begin(), heap.end(), std::greater<>());
     }
@@ -124,7 +123,7 @@ private:
     Entry least_of(Heap& heap, bool is_last, const std::vector<std::int32_t>& pins) const {
         Heap pinned;
         Entry found{0, -1};
-        while (!heap.empty() && found.second < 0) {
+        while (!heap.empty()) {
             const Entry top = heap.front();
             const Record& of = record(top.second);
             const bool is_true = of.is_in && of.is_last == is_last && of.sums[used_] == top.first;
@@ -206,7 +205,7 @@ private:
     int used_ = 0;
     std::vector<Record> records_;
     std::vector<Layer> layers_;
-    std::size_t turn_;              // the layer that runs
+    int turn_;                     // the layer that runs
     double again_ = 1, seen_ = 4;  // of the last turns' records: how many came again
 };
 

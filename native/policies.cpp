@@ -1,9 +1,7 @@
 // The policies by which records leave memory.
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <list>
-#include <map>
 #include <set>
 #include <utility>
 

@@ -26,7 +26,7 @@ void Residency::want(int layer, const std::int32_t* experts, int count, bool in_
                      const std::int64_t* most_fills) {
     in_order_ = in_order || count > capacity_;
     reads_ahead_ = reads_ahead && in_order_;
-    policy_->want(first_ids_[static_cast<std::size_t>(layer)], experts, count);
+    policy_->want(layer, experts, count);
     if (ahead_layer_ != layer) end_prefetches();  // a layer that wanted nothing was passed over
     end_prefetches(layer, experts, count);
     if (in_order_) {

@@ -206,7 +206,7 @@ void ExpertStore::start_fills() {
         const std::lock_guard<std::mutex> lock(guard_);
         for (const Fill& fill : fills) {
             Reading& reading = readings_[static_cast<std::size_t>(fill.id)];
-            const std::vector<Part>& parts = parts_[static_cast<std::size_t>(layer_of(fill.id))];
+            const std::vector<Part>& parts = parts_[static_cast<std::size_t>(layer_of_record(first_ids_, fill.id))];
             reading.state = State::kReading;
             reading.error_offset = -1;
             ++reading.turn;
@@ -229,10 +229,6 @@ void ExpertStore::start_fills() {
     work_.notify_all();
 }
 
-int ExpertStore::layer_of(std::int64_t id) const {
-    return static_cast<int>(std::upper_bound(first_ids_.begin(), first_ids_.end(), id) - first_ids_.begin()) - 1;
-}
-
 // Nothing of this layer is held any longer, and what is broken is not kept: the next step may try again.
 void ExpertStore::abandon() {
     open_.insert(open_.end(), out_.begin(), out_.end());
@@ -249,13 +245,13 @@ void ExpertStore::abandon() {
 
 // Where a record begins in the file.
 std::int64_t ExpertStore::record_offset(std::int64_t id) const {
-    const auto layer = static_cast<std::size_t>(layer_of(id));
+    const auto layer = static_cast<std::size_t>(layer_of_record(first_ids_, id));
     return layers_[layer].offset + (id - first_ids_[layer]) * layers_[layer].record_bytes;
 }
 
 void ExpertStore::fail(std::int64_t id) {
     const Reading reading = readings_[static_cast<std::size_t>(id)];
-    const int layer = layer_of(id);
+    const int layer = layer_of_record(first_ids_, id);
     abandon();
     throw ReadError(reading.kind, layer, static_cast<std::int32_t>(id - first_ids_[static_cast<std::size_t>(layer)]),
                     reading.error_offset, reading.error);
@@ -310,7 +306,7 @@ void ExpertStore::read_forever() {
 }
 
 void ExpertStore::run(const Job& job) {
-    const Part part = parts_[static_cast<std::size_t>(layer_of(job.id))][job.part];
+    const Part part = parts_[static_cast<std::size_t>(layer_of_record(first_ids_, job.id))][job.part];
     const std::int64_t offset = record_offset(job.id) + part.first;
     std::uint8_t* to = settings_.memory + job.slot * settings_.slot_bytes + part.first;
     bool verifies;
@@ -337,7 +333,7 @@ void ExpertStore::run(const Job& job) {
 // All parts of a record are there (under the lock, which is given up while a checksum is made).
 void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
     Reading& reading = readings_[static_cast<std::size_t>(job.id)];
-    const auto layer = static_cast<std::size_t>(layer_of(job.id));
+    const auto layer = static_cast<std::size_t>(layer_of_record(first_ids_, job.id));
     if (reading.error_offset >= 0) {
         reading.state = State::kFailed;
         return;

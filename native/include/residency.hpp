@@ -4,6 +4,7 @@
 // Deterministic: the same calls give the same decisions, however fast a disk is.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -19,8 +20,8 @@ enum class CachePolicy : std::int32_t { kLru, kLfru, kS3Fifo, kBelady };
 class Policy {
 public:
     virtual ~Policy() = default;
-    // A layer, whose records begin at `first_id`, runs now and wants these, rising. Comes before their hits and inserts.
-    virtual void want(std::int64_t, const std::int32_t*, int) {}
+    // A layer runs now and wants these experts of it, rising. Comes before their hits and inserts.
+    virtual void want(int, const std::int32_t*, int) {}
     virtual void hit(std::int64_t id) = 0;     // a record that is in was wanted
     virtual void insert(std::int64_t id) = 0;  // a record comes in; it was wanted now
     virtual void remove(std::int64_t id) = 0;  // a record leaves
@@ -30,7 +31,11 @@ public:
     virtual void at(std::int64_t) {}
 };
 
-// `first_ids`: where each layer's records begin, and the count at the end.
+// The layer of a record. `first_ids`: where each layer's records begin, and the count at the end.
+inline int layer_of_record(const std::vector<std::int64_t>& first_ids, std::int64_t id) {
+    return static_cast<int>(std::upper_bound(first_ids.begin(), first_ids.end(), id) - first_ids.begin()) - 1;
+}
+
 std::unique_ptr<Policy> make_policy(CachePolicy kind, const std::vector<std::int64_t>& first_ids);
 std::unique_ptr<Policy> make_lfru(const std::vector<std::int64_t>& first_ids);
 

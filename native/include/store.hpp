@@ -108,7 +108,6 @@ private:
     std::int64_t spare_reads();
     void count_substituted(std::int64_t count);
     std::int64_t id_of(std::int32_t expert) const { return first_ids_[static_cast<std::size_t>(layer_)] + expert; }
-    int layer_of(std::int64_t id) const;
     std::int64_t record_offset(std::int64_t id) const;
     const std::uint8_t* record(std::int64_t slot) const { return settings_.memory + slot * settings_.slot_bytes; }
     void fail(std::int64_t id);

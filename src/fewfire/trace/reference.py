@@ -105,7 +105,7 @@ class Lfru:
     def remove(self, id: int) -> None: ...
 
     def victim(self, may_leave: Collection[int]) -> int | None:
-        return min(may_leave, key=lambda id: (self.worth(id), id), default=None)
+        return min(may_leave, key=lambda id: (self.worth(id), self.number(id), self.is_last(id), id), default=None)
 
     def worth(self, id: int) -> float:
         """The chance that it is wanted in its layer's next turn, over 1 + the share of a pass until then."""
