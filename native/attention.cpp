@@ -101,8 +101,9 @@ void mix(const AttentionSpec& spec, const CacheShape& shape, std::int64_t offset
     const std::int64_t kv = spec.num_kv_heads, width = spec.head_dim;
     const std::int64_t shared = spec.num_heads / kv, queries = step.count() * shared;
     // Queries of one key-value head, token after token; some in a row form a job where they are of one sequence.
-    const std::int64_t jobs = (queries + kMostQueries - 1) / kMostQueries;
-    step.parallel(kv * jobs, step.count() == 1 ? 1 : 4, [&](std::int64_t begin, std::int64_t end, int) {
+    const std::int64_t jobs = jobs_of(queries, kv, step.num_threads);
+    step.parallel(kv * jobs, job_grain(kv * jobs, step.num_threads), [&](std::int64_t begin, std::int64_t end, int worker) {
+        float* room = job_room(shape, worker);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t head = item / jobs, part = item % jobs, last = queries * (part + 1) / jobs;
             for (std::int64_t at = queries * part / jobs; at < last;) {
@@ -112,6 +113,7 @@ void mix(const AttentionSpec& spec, const CacheShape& shape, std::int64_t offset
                 job.pages = step.tokens.pages + pages;
                 job.offset = offset + head * shape.page_bytes();
                 job.scale = spec.scale, job.cap = spec.cap;
+                job.room = room;
                 for (; at < last && step.tokens.page_starts[at / shared] == pages; ++at) {
                     const std::int64_t token = at / shared, h = head * shared + at % shared;
                     const int q = job.num_queries++;

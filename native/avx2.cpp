@@ -29,7 +29,7 @@ struct Avx2Ops {
     struct Float {
         __m256 low, high;
     };
-    static constexpr int kTokens = 4, kBlocks = 1;
+    static constexpr int kTokens = 4, kBlocks = 1, kSums = 6;
 
     static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static Float zero_float() { return set_float(0.0f); }

@@ -25,7 +25,7 @@ struct Avx512Ops {
     using Int = __m512i;
     using Word = __m512i;
     using Float = __m512;
-    static constexpr int kTokens = 6, kBlocks = 4;
+    static constexpr int kTokens = 6, kBlocks = 4, kSums = 24;
 
     static Float zero_float() { return _mm512_setzero_ps(); }
     static Float set_float(float x) { return _mm512_set1_ps(x); }

@@ -93,8 +93,9 @@ void absorb(const LatentSpec& spec, const Widths& widths, float* queries, std::i
 void mix(const LatentSpec& spec, const CacheShape& shape, std::int64_t offset, const Widths& widths, const float* absorbed,
          float* made, const std::uint64_t* selected, const Part& part, Step& step) {
     const std::int64_t heads = spec.num_heads, queries = part.count * heads, words = selected_words(step);
-    const std::int64_t jobs = (queries + kMostQueries - 1) / kMostQueries;
-    step.parallel(jobs, part.count == 1 ? 1 : 4, [&](std::int64_t begin, std::int64_t end, int) {
+    const std::int64_t jobs = jobs_of(queries, 1, step.num_threads);
+    step.parallel(jobs, job_grain(jobs, step.num_threads), [&](std::int64_t begin, std::int64_t end, int worker) {
+        float* room = job_room(shape, worker);
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t last = queries * (item + 1) / jobs;
             for (std::int64_t at = queries * item / jobs; at < last;) {
@@ -104,6 +105,7 @@ void mix(const LatentSpec& spec, const CacheShape& shape, std::int64_t offset, c
                 job.pages = step.tokens.pages + pages;
                 job.offset = offset;
                 job.scale = spec.scale;
+                job.room = room;
                 for (; at < last && step.tokens.page_starts[part.first + at / heads] == pages; ++at) {
                     const std::int64_t token = part.first + at / heads;
                     const int q = job.num_queries++;

@@ -52,7 +52,7 @@ struct ScalarOps {
     struct Word {
         std::int8_t at[4];
     };
-    static constexpr int kTokens = 4, kBlocks = 1;
+    static constexpr int kTokens = 4, kBlocks = 1, kSums = 4;
 
     template <class Vector, class Body>
     static Vector each(Body body) {

@@ -22,11 +22,30 @@ std::uint8_t* worker_scratch(int worker, std::size_t extra, std::int64_t columns
     return Pool::shared().scratch(worker, static_cast<std::size_t>(linear_scratch(columns, tokens)) + extra);
 }
 
+namespace {
+
+std::int64_t threads_of(std::int64_t num_threads) { return num_threads <= 0 ? Pool::shared().size() : num_threads; }
+
+}  // namespace
+
 std::int64_t block_grain(std::int64_t blocks, std::int64_t num_threads, std::int64_t tokens) {
-    const std::int64_t threads = num_threads <= 0 ? Pool::shared().size() : num_threads;
+    const std::int64_t threads = threads_of(num_threads);
     const std::int64_t parts = threads == 1 ? 1 : threads * (tokens > 16 ? 2 : 4);
     const std::int64_t grain = std::max<std::int64_t>(1, (blocks + parts - 1) / parts);
     return grain > 1 ? (grain + kMostBlocks - 1) / kMostBlocks * kMostBlocks : grain;
+}
+
+std::int64_t jobs_of(std::int64_t queries, std::int64_t heads, std::int64_t num_threads) {
+    const std::int64_t all_busy = (threads_of(num_threads) + heads - 1) / heads;
+    return std::max((queries + kMostQueries - 1) / kMostQueries, std::min(queries, all_busy));
+}
+
+std::int64_t job_grain(std::int64_t jobs, std::int64_t num_threads) {
+    return std::clamp<std::int64_t>(jobs / (4 * threads_of(num_threads)), 1, 4);
+}
+
+float* job_room(const CacheShape& shape, int worker) {
+    return reinterpret_cast<float*>(Pool::shared().scratch(worker, static_cast<std::size_t>(attention_room(shape)) * 4));
 }
 
 }  // namespace fewfire

@@ -105,7 +105,8 @@ struct Gating {
 // --------------------------------------------------------------------------------------------------- attention
 
 constexpr std::int64_t kPageTokens = 64;  // tokens of one page of the cache
-constexpr int kMostQueries = 6;
+constexpr int kMostQueries = 24;  // of a job: as many sums as AVX-512 has registers for
+constexpr int kQueryChunk = 64;   // numbers of a query that a job lays side by side
 
 // Keys and values of 64 tokens: see docs/engine.md.
 enum class CacheFormat : std::int32_t { kBf16, kQ8 };
@@ -132,6 +133,12 @@ struct CacheWrite {
     const float *key = nullptr, *value = nullptr;
 };
 
+// Floats of scratch that a job needs, whatever its number of queries: the queries, their sums and their scores of a page.
+constexpr std::int64_t attention_room(const CacheShape& shape) {
+    const std::int64_t chunks = shape.is_latent ? 0 : (shape.key_width + kQueryChunk - 1) / kQueryChunk;
+    return kMostQueries * (chunks * kQueryChunk + shape.value_width + kPageTokens);
+}
+
 // Up to kMostQueries queries that share a head, each over pages of one sequence. Query q sees keys [first[q], last[q]),
 // and of those only where its bit in selected[q] (null: all) is set. sink: one more score that takes probability and
 // gives nothing (-inf: none). cap: scores become cap * tanh(score / cap) (0: none).
@@ -140,6 +147,7 @@ struct AttentionJob {
     const std::uint8_t* const* pages = nullptr;
     std::int64_t offset = 0;  // of the head within a page, in bytes
     float scale = 1, cap = 0;
+    float* room = nullptr;  // attention_room floats, aligned to 64 bytes
     int num_queries = 0;
     const float* queries[kMostQueries] = {};
     float* out[kMostQueries] = {};  // value_width each

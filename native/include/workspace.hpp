@@ -105,5 +105,10 @@ std::uint8_t* worker_scratch(int worker, std::size_t extra, std::int64_t columns
 // each part lays out for itself, are not copied much oftener than needed; an even number, as blocks go in pairs.
 std::int64_t block_grain(std::int64_t blocks, std::int64_t num_threads, std::int64_t tokens);
 
+// Attention: how many jobs the queries of each of `heads` make, how many of all jobs a thread takes at a time, and a
+// worker's room for one.
+std::int64_t jobs_of(std::int64_t queries, std::int64_t heads, std::int64_t num_threads);
+std::int64_t job_grain(std::int64_t jobs, std::int64_t num_threads);
+float* job_room(const CacheShape& shape, int worker);
 
 }  // namespace fewfire
