@@ -46,6 +46,7 @@ ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint3
       readings_(static_cast<std::size_t>(first_ids_.back())),
       uses_(static_cast<std::size_t>(first_ids_.back())),
       unready_(layers_.size()),
+      populator_(settings.memory, settings.capacity * settings.slot_bytes),
       looks_ahead_(settings.looks_ahead) {
     for (const RecordLayer& layer : layers_) parts_.push_back(parts_of(layer));
     for (int i = 0; i < std::max(1, settings_.num_readers); ++i) readers_.emplace_back([this] { read_forever(); });
@@ -202,6 +203,7 @@ std::vector<ExpertStore::Part> ExpertStore::parts_of(const RecordLayer& layer) {
 void ExpertStore::start_fills() {
     const std::vector<Fill> fills = residency_.take_fills();
     if (fills.empty()) return;
+    populator_.reach(residency_.slots_used() * settings_.slot_bytes);
     {
         const std::lock_guard<std::mutex> lock(guard_);
         for (const Fill& fill : fills) {
@@ -364,6 +366,7 @@ void ExpertStore::finish(const Job& job, std::unique_lock<std::mutex>& lock) {
 void ExpertStore::set_capacity(std::int64_t slots) {
     const std::int64_t before = residency_.capacity();
     residency_.set_capacity(slots);
+    populator_.limit(slots * settings_.slot_bytes);
     std::unique_lock<std::mutex> lock(guard_);
     if (slots < before) {
         done_.wait(lock, [&] { return running_ == 0 && wanted_.empty() && prefetched_.empty(); });

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "experts.hpp"
+#include "populator.hpp"
 #include "reading.hpp"
 #include "residency.hpp"
 
@@ -139,6 +140,7 @@ private:
     int layer_ = 0;
     std::vector<std::int32_t> open_, out_;  // wanted experts that were not taken yet, rising; taken ones
     std::vector<std::thread> readers_;
+    Populator populator_;  // of slots that no record has been in
 
     // Looking ahead is tried in turns with not doing so, and kept while it makes tokens faster.
     bool looks_ahead_ = false;
