@@ -552,6 +552,7 @@ NB_MODULE(_native, m) {
             },
             "layers"_a, "checksums"_a, "settings"_a, "owner"_a, nb::keep_alive<1, 5>())
         .def("set_capacity", &fewfire::ExpertStore::set_capacity, unlocked)
+        .def("untouched_bytes", &fewfire::ExpertStore::untouched_bytes, unlocked)
         .def("set_low", &fewfire::ExpertStore::set_low, "low"_a.none(), nb::keep_alive<1, 2>())
         .def("seed", &fewfire::ExpertStore::seed, unlocked)
         .def("residents", &fewfire::ExpertStore::residents);

@@ -54,6 +54,11 @@ void Populator::limit(std::int64_t bytes) {
     made_ = std::min(made_, bytes);
 }
 
+std::int64_t Populator::made() {
+    const std::lock_guard<std::mutex> lock(making_);
+    return made_;
+}
+
 void Populator::run() {
     take_lowest_priority();
     for (std::int64_t wanted = 0; wanted >= 0; wanted = wanted_.load()) {

@@ -375,6 +375,11 @@ void ExpertStore::set_capacity(std::int64_t slots) {
     }
 }
 
+std::int64_t ExpertStore::untouched_bytes() {
+    const std::int64_t used = residency_.slots_used() * settings_.slot_bytes;
+    return std::max<std::int64_t>(0, residency_.capacity() * settings_.slot_bytes - std::max(used, populator_.made()));
+}
+
 std::int64_t ExpertStore::seed(const std::vector<std::pair<int, std::int32_t>>& records) {
     std::int64_t seeded = 0;
     for (const auto& [layer, expert] : records) {

@@ -4,6 +4,8 @@ import errno
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny_packs
@@ -86,6 +88,37 @@ def test_the_number_of_slots_changes_while_running(folder):
         made.append(decoder(part, cache))
         decoder.experts.fit((2, 6, 3, 5)[number % 4] * decoder.experts.slot_bytes)
     assert torch.equal(torch.cat(made, dim=1), expected)
+
+
+def resident_bytes(memory):
+    """What the mapping of a tensor's memory holds, by the kernel's account."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            inside = begin <= memory.data_ptr() < end
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the mapping is not listed")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_slots_get_their_pages_ahead_of_use_and_give_them_back(folder):
+    pack = open_pack(tiny_packs.make(folder, MOES[0], "f32", times=3))
+    records = sum(layer.num_experts for layer in pack.layout.experts)
+    decoder = streamed(pack, records)
+    experts = decoder.experts
+    assert experts.untouched_bytes == experts.num_bytes and resident_bytes(experts._memory) == 0
+    decoder(draw_ids(1, 1))
+    until = time.monotonic() + 20
+    while experts.untouched_bytes > 0 and time.monotonic() < until:
+        time.sleep(0.01)
+    if experts.untouched_bytes > 0:
+        pytest.skip("this kernel makes no pages ahead")
+    assert experts.has_empty_slots and resident_bytes(experts._memory) >= experts.num_bytes
+    experts.fit(experts.least_bytes)
+    assert resident_bytes(experts._memory) <= experts.num_bytes + 2 * 2**21
+    assert experts.untouched_bytes == 0
 
 
 def test_a_hot_set_is_there_from_the_start(folder):

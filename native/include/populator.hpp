@@ -22,6 +22,9 @@ public:
     // The first `bytes` are in use: pages are made a way beyond them.
     void reach(std::int64_t bytes);
 
+    // How much has its pages by this thread. Waits for the piece that is being made.
+    std::int64_t made();
+
     // From now on no page beyond `bytes` is made.
     void limit(std::int64_t bytes);
 

@@ -55,6 +55,9 @@ public:
     // So many slots from now on; memory of those beyond is given back to the system.
     void set_capacity(std::int64_t slots);
 
+    // Of the slots, what takes no memory yet: no record has been there, and no page was made ahead.
+    std::int64_t untouched_bytes();
+
     // Reads records (layer, expert pairs) into free slots, as many as there are; returns how many.
     std::int64_t seed(const std::vector<std::pair<int, std::int32_t>>& records);
 

@@ -302,7 +302,7 @@ def _warm(module: Module, run: Run, say: Say) -> None:
 
 def _steps(wanted: int | None, experts: StreamedExperts) -> Iterator[int]:
     for step in range(WARM_STEPS if wanted is None else wanted):
-        if wanted is None and experts.untouched_bytes <= 0:
+        if wanted is None and not experts.has_empty_slots:
             return
         yield step
 

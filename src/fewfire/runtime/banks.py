@@ -234,8 +234,13 @@ class StreamedExperts(_Experts):
 
     @property
     def untouched_bytes(self) -> int:
-        """Slots that hold nothing yet, and so take no memory."""
-        return (self.slots - self.source.counts()[-1]) * self.slot_bytes
+        """Of the slots, what takes no memory yet."""
+        return self.source.untouched_bytes()
+
+    @property
+    def has_empty_slots(self) -> bool:
+        """Whether some hold nothing yet."""
+        return self.source.counts()[-1] < self.slots
 
     def fit(self, num_bytes: int) -> None:
         """Use so much memory from now on. A little more than before is left alone: what is cached stays."""
