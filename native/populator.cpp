@@ -74,7 +74,7 @@ bool Populator::make_piece() {
     const std::int64_t end = std::min({made_ + kPiece, limit_, wanted_.load()});
     if (fails_ || end <= made_) return false;
     fails_ = !populate(memory_ + made_, end - made_);
-    made_ = end;
+    if (!fails_) made_ = end;
     return !fails_;
 }
 

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <limits>
 
 #include "lanes.hpp"
@@ -115,18 +117,19 @@ constexpr int vectors_of(int queries) {
     return 4 * queries <= Ops::kSums ? 4 : 2 * queries <= Ops::kSums ? 2 : 1;
 }
 
-// Queries (chunk, query, kQueryChunk), zeros where there are none: a step of all queries has fixed distances.
+// Rows of queries, sums and scores that a job's tiles touch: those beyond its queries hold zeros.
+inline int rows_of(const AttentionJob& job) { return (job.num_queries + 3) / 4 * 4; }
+
+// Queries (chunk, query, kQueryChunk): a step of all queries has fixed distances.
 inline void lay_queries(const AttentionJob& job, float* to) {
     const std::int64_t width = job.shape.key_width;
     for (std::int64_t first = 0; first < width; first += kQueryChunk) {
         const std::int64_t some = std::min<std::int64_t>(kQueryChunk, width - first);
-        for (int q = 0; q < kMostQueries; ++q, to += kQueryChunk) {
-            if (q < job.num_queries) {
-                std::memcpy(to, job.queries[q] + first, static_cast<std::size_t>(some) * 4);
-            } else {
-                std::memset(to, 0, static_cast<std::size_t>(some) * 4);
-            }
+        for (int q = 0; q < job.num_queries; ++q) {
+            std::memcpy(to + q * kQueryChunk, job.queries[q] + first, static_cast<std::size_t>(some) * 4);
         }
+        std::fill(to + job.num_queries * kQueryChunk, to + rows_of(job) * kQueryChunk, 0.0f);
+        to += kMostQueries * kQueryChunk;
     }
 }
 
@@ -173,10 +176,7 @@ template <class Ops>
 [[gnu::always_inline]] inline float sum_of(typename Ops::Float x) {
     float lanes[16];
     Ops::store_floats(lanes, x);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    return lanes[0];
+    return fold_lanes(lanes, std::plus<>());
 }
 
 // The same over rows of latents: lanes = 16 numbers of a row, rows two at a time.
@@ -246,10 +246,7 @@ inline std::uint64_t visible_keys(const AttentionJob& job, int q, std::int64_t p
 inline float largest_lane(Wide::Floats x) {
     float lanes[16];
     Wide::store(lanes, x, 16);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
-    }
-    return lanes[0];
+    return fold_lanes(lanes, [](float a, float b) { return b > a ? b : a; });
 }
 
 // Scores as the softmax sees them: scaled, capped, -inf where a key is not visible. Returns the largest, or `largest`.
@@ -341,8 +338,10 @@ template <class Ops, class Element>
 void attend_pages(const AttentionJob& job) {
     const CacheShape& shape = job.shape;
     float *scores = job.room, *sums = scores + kMostQueries * kPage, *queries = sums + kMostQueries * shape.value_width;
-    std::fill(scores + job.num_queries * kPage, sums, 0.0f);
-    std::fill(sums, queries, 0.0f);
+    std::fill(scores + job.num_queries * kPage, scores + rows_of(job) * kPage, 0.0f);
+    for (float* columns = sums; columns < queries; columns += 16 * kMostQueries) {
+        std::fill(columns, columns + 16 * rows_of(job), 0.0f);
+    }
     if (!shape.is_latent) lay_queries(job, queries);
     const std::int64_t first = *std::min_element(job.first, job.first + job.num_queries);
     const std::int64_t last = *std::max_element(job.last, job.last + job.num_queries);

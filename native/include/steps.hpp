@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "lanes.hpp"
@@ -30,13 +31,19 @@ void rms_norm(const float* x, const float* weight, std::int64_t width, float eps
     for (std::int64_t i = 0; i < width; ++i) out[i] = weight == nullptr ? x[i] * scale : x[i] * scale * weight[i];
 }
 
+// Lanes made one, the upper half of them into the lower, in place.
+template <class Both>
+[[gnu::always_inline]] inline float fold_lanes(float (&lanes)[16], const Both& both) {
+    for (int width = 8; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] = both(lanes[lane], lanes[lane + width]);
+    }
+    return lanes[0];
+}
+
 inline float sum_lanes(Wide::Floats x) {
     float lanes[16];
     std::memcpy(lanes, &x, sizeof lanes);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    }
-    return lanes[0];
+    return fold_lanes(lanes, std::plus<>());
 }
 
 inline void layer_norm(const float* x, const float* weight, const float* bias, std::int64_t width, float eps, float* out) {
