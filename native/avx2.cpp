@@ -72,6 +72,10 @@ struct Avx2Ops {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.high);
     }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static Int prefetch_beside(Int x, const std::uint8_t* p) {  // see avx512.cpp
+        __asm__ volatile("prefetcht0 %1" : "+x"(x.low) : "m"(*p));
+        return x;
+    }
 
     static Float add(const Float& a, const Float& b) {
         return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};

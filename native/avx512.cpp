@@ -53,6 +53,11 @@ struct Avx512Ops {
     static void store_floats(float* p, Float x) { _mm512_storeu_ps(p, x); }
     static void store_bytes(std::uint8_t* p, Bytes x) { _mm512_storeu_si512(p, x); }
     static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    // Bound to a number that is worked on: a compiler moves prefetches together otherwise, and many at once make loads wait.
+    static Int prefetch_beside(Int x, const std::uint8_t* p) {
+        __asm__ volatile("prefetcht0 %1" : "+v"(x) : "m"(*p));
+        return x;
+    }
 
     static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -103,7 +108,10 @@ struct Avx512Ops {
         TileRun at{tile.codes + group * kGroup, panel.bytes, starts + group * kRuns, panel.scales, tile.scales + group,
                    totals.first, totals.stride * 4, panel.gap, ahead.part_bytes * kRuns / 16};
         for (std::int64_t g = 0; g < some; ++g) {
-            unroll<kRuns>([&](auto) { run_tile<kTokens, 32 / kRuns>(at, ahead.next()); });
+            unroll<kRuns>([&](auto run) {
+                if (run == 0 && first + g == 0) return run_tile<kTokens, 32 / kRuns, true>(at, ahead.next());
+                run_tile<kTokens, 32 / kRuns, false>(at, ahead.next());
+            });
             at.codes += (kTokens - 1) * kGroup;
             at.token_scales += kTokens;
         }

@@ -213,10 +213,13 @@ void ExpertRun::make_hidden(const std::vector<Segment>& segments, std::int64_t b
     const std::int64_t threads = threads_ <= 0 ? Pool::shared().size() : threads_;
     const auto count = static_cast<std::int64_t>(segments.size());
     const std::int64_t pieces = std::clamp<std::int64_t>((4 * threads + count - 1) / count, 1, groups);
+    std::vector<const Segment*> order;  // the largest first: what is left for the end is small
+    for (const Segment& segment : segments) order.push_back(&segment);
+    std::stable_sort(order.begin(), order.end(), [](const Segment* a, const Segment* b) { return a->count > b->count; });
     hidden_rows(segments.front(), base);  // room for all, before threads ask for theirs
     Pool::shared().run(threads_, count * pieces, 1, [&](std::int64_t item, std::int64_t, int worker) {
         const std::int64_t piece = item % pieces;
-        const Segment& segment = segments[static_cast<std::size_t>(item / pieces)];
+        const Segment& segment = *order[static_cast<std::size_t>(item / pieces)];
         hidden_piece(segment, hidden_rows(segment, base), groups * piece / pieces, groups * (piece + 1) / pieces, worker);
     });
 }

@@ -91,6 +91,7 @@ struct ScalarOps {
     static void store_floats(float* p, const Float& x) { std::memcpy(p, &x, sizeof x); }
     static void store_bytes(std::uint8_t* p, const Bytes& x) { std::memcpy(p, &x, sizeof x); }
     static void prefetch(const void*) {}
+    static Int prefetch_beside(const Int& x, const std::uint8_t*) { return x; }
 
     static Float add(const Float& a, const Float& b) {
         return each<Float>([&](int i) { return a.at[i] + b.at[i]; });

@@ -20,6 +20,7 @@
 namespace fewfire {
 namespace {
 
+constexpr std::int64_t kFetched = 4096;  // bytes of codes, ahead of those that are multiplied
 constexpr int kDirectTokens = 4;  // up to here weights are unpacked in registers, beyond once for all tokens
 
 // Calls body(integral_constant) of a quantized format.
@@ -59,7 +60,7 @@ typename Ops::Float add_minima(typename Ops::Float total, const float* minima, s
                                const std::int32_t* sums, std::int64_t tokens, float token_scale) {
     for (int run = 0; run < runs; ++run) {
         const float weight = static_cast<float>(sums[run * tokens]) * token_scale;
-        total = Ops::add(total, Ops::mul(Ops::load_floats(minima + run * step), Ops::set_float(weight)));
+        total = Ops::fused(total, Ops::load_floats(minima + run * step), Ops::set_float(weight));
     }
     return total;
 }
@@ -93,8 +94,9 @@ void multiply_direct(const Matrix& weight, std::int64_t block, const Tile& tile,
             });
             unroll<kLines>([&](auto step) {
                 constexpr int line = run * kLines + step;
-                Ops::prefetch(codes + kGroupBytes<kFormat>.codes / 16 * line + 4096);
-                if constexpr (kGroupBytes<kFormat>.codes == 2048) Ops::prefetch(codes + kGroupBytes<kFormat>.codes / 16 * line + 4096 + 64);
+                const std::uint8_t* ahead = codes + kGroupBytes<kFormat>.codes / 16 * line + kFetched;
+                acc[0] = Ops::prefetch_beside(acc[0], ahead);
+                if constexpr (kGroupBytes<kFormat>.codes == 2048) acc[0] = Ops::prefetch_beside(acc[0], ahead + 64);
                 const Pair<Ops> pair = Reader::read(codes, line, Reader::kOffset);
                 unroll<2 * kTokens>([&](auto i) {
                     constexpr int t = i % kTokens, quad = i / kTokens;
@@ -105,7 +107,7 @@ void multiply_direct(const Matrix& weight, std::int64_t block, const Tile& tile,
             const typename Ops::Float scale = Ops::load_floats(scales + run * kRows);
             unroll<kTokens>([&](auto t) {
                 const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
-                total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(acc[t]), both));
+                total[t] = Ops::fused(total[t], Ops::to_float(acc[t]), both);
             });
         });
         if constexpr (kGroupBytes<kFormat>.has_minimum) {
@@ -118,44 +120,86 @@ void multiply_direct(const Matrix& weight, std::int64_t block, const Tile& tile,
     unroll<kTokens>([&](auto t) { put<Ops>(target, t, kGroupBytes<kFormat>.has_minimum ? Ops::add(total[t], below[t]) : total[t]); });
 }
 
-// q4: sub-scales are integers, so that a group is one exact sum.
-template <class Ops, int kTokens>
+// q4: sub-scales are integers, so that a group is one exact sum. kBlocks blocks that follow one another, at once.
+template <class Ops, int kTokens, int kBlocks>
 void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, const std::int32_t* starts,
                  const Target& target) {
-    typename Ops::Float total[kTokens];
-    unroll<kTokens>([&](auto t) { total[t] = Ops::zero_float(); });
+    typename Ops::Float total[kBlocks * kTokens];
+    unroll<kBlocks * kTokens>([&](auto i) { total[i] = Ops::zero_float(); });
     const std::int8_t* at = tile.codes;
     const Place<WeightFormat::kQ4> place(weight, block, 0);
     const std::uint8_t *codes = place.codes, *scales = place.scales;
-    for (std::int64_t g = 0; g < weight.groups(); ++g, at += kTokens * kGroup) {
-        const typename Ops::Int steps = Ops::load_ints(scales + 2 * kRows);
-        typename Ops::Int whole[kTokens];
-        unroll<kTokens>([&](auto t) { whole[t] = Ops::zero_int(); });
+    const std::int64_t groups = weight.groups(), gap = groups * 1024, scale_gap = groups * 96;
+    for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
+        // What follows a block's last codes are codes of the block beside it, which is multiplied now.
+        const std::uint8_t* ahead = codes + kFetched + (g + kFetched / 1024 < groups ? 0 : (kBlocks - 1) * gap);
+        typename Ops::Int whole[kBlocks * kTokens], steps[kBlocks];
+        unroll<kBlocks * kTokens>([&](auto i) { whole[i] = Ops::zero_int(); });
+        unroll<kBlocks>([&](auto b) {
+            const std::uint8_t* next = scales + (b + kBlocks) * scale_gap;
+            steps[b] = Ops::load_ints(scales + b * scale_gap + 2 * kRows);
+            steps[b] = Ops::prefetch_beside(Ops::prefetch_beside(steps[b], next), next + 64);
+        });
         unroll<8>([&](auto s) {
-            typename Ops::Int acc[kTokens];
-            unroll<kTokens>([&](auto t) { acc[t] = Ops::start_small(starts + s * kTokens + t); });
+            typename Ops::Int acc[kBlocks * kTokens];
+            unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start_small(starts + s * kTokens + i % kTokens); });
             unroll<2>([&](auto half) {
                 constexpr int line = 2 * s + half;
-                Ops::prefetch(codes + 64 * line + 4096);
-                const Pair<Ops> pair = look_up_line<Ops>(codes, line, kQ4Book, kQ4Offset);
+                Pair<Ops> pair[kBlocks];
+                unroll<kBlocks>([&](auto b) {
+                    acc[b * kTokens] = Ops::prefetch_beside(acc[b * kTokens], ahead + b * gap + 64 * line);
+                    pair[b] = look_up_line<Ops>(codes + b * gap, line, kQ4Book, kQ4Offset);
+                });
                 unroll<2 * kTokens>([&](auto i) {
                     constexpr int t = i % kTokens, quad = i / kTokens;
-                    acc[t] = Ops::dot_small(acc[t], pair[quad], Ops::word(at + t * kGroup + 8 * line + 4 * quad));
+                    const typename Ops::Word word = Ops::word(at + t * kGroup + 8 * line + 4 * quad);
+                    unroll<kBlocks>([&](auto b) {
+                        acc[b * kTokens + t] = Ops::dot_small(acc[b * kTokens + t], pair[b][quad], word);
+                    });
                 });
             });
-            const typename Ops::Int step = Ops::template signed_nibble<s()>(steps);
-            unroll<kTokens>([&](auto t) { whole[t] = Ops::multiply_add(whole[t], acc[t], step); });
+            unroll<kBlocks * kTokens>([&](auto i) {
+                whole[i] = Ops::multiply_add(whole[i], acc[i], Ops::template signed_nibble<s()>(steps[i / kTokens]));
+            });
         });
         starts += 8 * kTokens;
         codes += 1024;
-        const typename Ops::Float scale = Ops::load_bf16(scales);
-        scales += 6 * kRows;
-        unroll<kTokens>([&](auto t) {
-            const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
-            total[t] = Ops::add(total[t], Ops::mul(Ops::to_float(whole[t]), both));
+        unroll<kBlocks>([&](auto b) {
+            const typename Ops::Float scale = Ops::load_bf16(scales + b * scale_gap);
+            unroll<kTokens>([&](auto t) {
+                const typename Ops::Float both = Ops::mul(scale, Ops::set_float(tile.scales[g * kTokens + t]));
+                total[b * kTokens + t] = Ops::fused(total[b * kTokens + t], Ops::to_float(whole[b * kTokens + t]), both);
+            });
         });
+        scales += 6 * kRows;
     }
-    unroll<kTokens>([&](auto t) { put<Ops>(target, t, total[t]); });
+    unroll<kBlocks * kTokens>([&](auto i) {
+        put<Ops>(target.block(i / kTokens), i % kTokens, total[i]);
+    });
+}
+
+// Blocks that are multiplied at once: two streams of codes come from memory faster than one.
+template <class Ops, WeightFormat kFormat>
+constexpr int direct_blocks(int tokens) {
+    return kFormat == WeightFormat::kQ4 && tokens <= 2 && Ops::kSums >= 24 ? 2 : 1;
+}
+
+// kBlocks blocks from `block` on; what high parts of codes add comes last.
+template <class Ops, WeightFormat kFormat, int kTokens, int kBlocks>
+void add_blocks(const Matrix& weight, std::int64_t block, const Tile& tile, const std::int32_t* starts,
+                const BlockScales& room, WideProduct<Ops, kFormat>& wide, const Target& target) {
+    if constexpr (kFormat == WeightFormat::kQ4) {
+        multiply_q4<Ops, kTokens, kBlocks>(weight, block, tile, starts, target);
+    } else {
+        static_assert(kBlocks == 1);
+        constexpr int kRuns = kGroupBytes<kFormat>.runs;
+        for (std::int64_t g = 0; g < weight.groups(); ++g) {
+            const std::int64_t at = g * kRuns * kRows;
+            read_scales<Ops>(Place<kFormat>(weight, block, g), room.scales + at, room.minima + at, kRows);
+        }
+        multiply_direct<Ops, kFormat, kTokens>(weight, block, tile, starts, room, target.block(0));
+    }
+    for (int b = 0; b < kBlocks; ++b) wide.add(block + b, target.block(b));
 }
 
 template <class Ops, WeightFormat kFormat>
@@ -175,21 +219,17 @@ void linear_direct(const Matrix& weight, std::int64_t first, std::int64_t last, 
     } else {
         make_starts(tile, kRuns, groups * kRuns * n, Lines<Ops, kFormat>::kOffset, starts);
     }
-    for (std::int64_t block = first; block < last; ++block) {
-        const Target target{out + block * kRows, out_stride, std::min(kRows, weight.rows - block * kRows)};
-        for (std::int64_t g = 0; !kIsQ4 && g < groups; ++g) {
-            const std::int64_t at = g * kRuns * kRows;
-            read_scales<Ops>(Place<kFormat>(weight, block, g), room.scales + at, room.minima + at, kRows);
+    for_number<kDirectTokens>(n, [&](auto tokens) {
+        constexpr int kBlocks = direct_blocks<Ops, kFormat>(tokens());
+        std::int64_t block = first;
+        const auto target = [&] { return Target{out + block * kRows, out_stride, weight.rows - block * kRows}; };
+        for (; block + kBlocks <= last; block += kBlocks) {
+            add_blocks<Ops, kFormat, tokens(), kBlocks>(weight, block, tile, starts, room, wide, target());
         }
-        for_number<kDirectTokens>(n, [&](auto tokens) {
-            if constexpr (kIsQ4) {
-                multiply_q4<Ops, tokens()>(weight, block, tile, starts, target);
-            } else {
-                multiply_direct<Ops, kFormat, tokens()>(weight, block, tile, starts, room, target);
-            }
-        });
-        wide.add(block, target);
-    }
+        for (; block < last; ++block) {
+            add_blocks<Ops, kFormat, tokens(), 1>(weight, block, tile, starts, room, wide, target());
+        }
+    });
 }
 
 // -------------------------------------------------------------------------------------------------- many tokens
@@ -247,16 +287,17 @@ void unpack_bytes(const Matrix& weight, std::int64_t block, std::int64_t first, 
 // Stores before it are done, loads after it not yet.
 [[gnu::always_inline]] inline void settle() { __asm__ volatile("" ::: "memory"); }
 
-// Where sums are added up: token t's of block b are 16 numbers at first + t * stride + b * 16.
+// Where sums are added up: token t's of block b are 16 numbers at first + t * stride + b * 16, which the first run of
+// columns writes without reading them.
 struct Totals {
     float* first;
     std::int64_t stride;
 };
 
-// One run's sums of kTokens tokens and kBlocks blocks, then added to totals with their scales.
+// One run's sums of kTokens tokens and kBlocks blocks, then added to totals with their scales (`begins`: to zeros).
 template <class Ops, int kTokens, int kBlocks, int kQuads>
 void multiply_run(const std::uint8_t* const* bytes, const float* scales, const std::int8_t* codes,
-                  const std::int32_t* starts, const float* token_scales, const Totals& totals) {
+                  const std::int32_t* starts, const float* token_scales, const Totals& totals, bool begins) {
     alignas(64) std::int32_t sums[kBlocks * kTokens][kRows];
     typename Ops::Int acc[kBlocks * kTokens];
     unroll<kBlocks * kTokens>([&](auto i) { acc[i] = Ops::start(starts + i % kTokens); });
@@ -281,8 +322,8 @@ void multiply_run(const std::uint8_t* const* bytes, const float* scales, const s
             float* total = totals.first + t * totals.stride + b * kRows;
             const auto* sum = reinterpret_cast<const std::uint8_t*>(sums[b * kTokens + t]);
             const typename Ops::Float both = Ops::mul(scale, Ops::set_float(token_scales[t]));
-            const typename Ops::Float added = Ops::mul(Ops::to_float(Ops::load_ints(sum)), both);
-            Ops::store_floats(total, Ops::add(Ops::load_floats(total), added));
+            const typename Ops::Float before = begins ? Ops::zero_float() : Ops::load_floats(total);
+            Ops::store_floats(total, Ops::fused(before, Ops::to_float(Ops::load_ints(sum)), both));
         }
     }
 }
@@ -303,7 +344,7 @@ void multiply_tile(const Panel& panel, std::int64_t first, std::int64_t some, co
             for (int b = 0; b < Ops::kBlocks; ++b) bytes[b] = panel.bytes + b * panel.gap + at * kQuads * 64;
             multiply_run<Ops, kTokens, Ops::kBlocks, kQuads>(
                 bytes, panel.scales + at * kMostBlocks * kRows, tile.codes + g * kTokens * kGroup + run * kQuads * 4,
-                starts + (g * kRuns + run) * kTokens, tile.scales + g * kTokens, totals);
+                starts + (g * kRuns + run) * kTokens, tile.scales + g * kTokens, totals, g == 0 && run == 0);
         }
     }
 }
@@ -339,7 +380,7 @@ public:
             const Target target{out_ + block * kRows, out_stride_, std::min(blocks * kRows, weight_.rows - block * kRows)};
             const bool is_whole = !kHasMinimum && target.rows == Ops::kBlocks * kRows;
             const Totals totals = is_whole ? Totals{target.first, target.stride} : Totals{totals_, kMostBlocks * kRows};
-            clear(totals);
+            if constexpr (kHasMinimum) std::memset(below_, 0, static_cast<std::size_t>(tiles_.count * kMostBlocks * kRows) * 4);
             wide_.begin();
             for (std::int64_t g = 0; g < tiles_.groups; g += kPanelGroups) {
                 const std::int64_t some = std::min(kPanelGroups, tiles_.groups - g);
@@ -387,13 +428,6 @@ private:
         }
     }
 
-    void clear(const Totals& totals) {
-        for (std::int64_t t = 0; t < tiles_.count; ++t) {
-            std::memset(totals.first + t * totals.stride, 0, Ops::kBlocks * kRows * 4);
-        }
-        if constexpr (kHasMinimum) std::memset(below_, 0, static_cast<std::size_t>(tiles_.count * kMostBlocks * kRows) * 4);
-    }
-
     // Sums that were not added up in their place.
     void put_totals(const Target& target, int blocks) {
         for (std::int64_t t = 0; t < tiles_.count; ++t) {
@@ -401,7 +435,7 @@ private:
                 const std::int64_t at = (t * kMostBlocks + b) * kRows;
                 typename Ops::Float total = Ops::load_floats(totals_ + at);
                 if constexpr (kHasMinimum) total = Ops::add(total, Ops::load_floats(below_ + at));
-                put<Ops>({target.first + b * kRows, target.stride, std::min(kRows, target.rows - b * kRows)}, t, total);
+                put<Ops>(target.block(b), t, total);
             }
         }
     }

@@ -3,7 +3,7 @@
 //
 // Activations are int8 with one float32 scale for each token and 128 columns; four columns that exceed the others by far
 // have 15 bits (wide.hpp). Sums are exact in int32 within what shares a weight scale; those are scaled and added in rising
-// order of columns, each by one multiplication and one addition. What high parts add is added up apart and comes last.
+// order of columns, each by one fused multiply-add. What high parts add is added up apart and comes last.
 // So a result depends on its token and its row alone: not on what else is in the batch, the tiling, the threads, or the
 // instruction set.
 #pragma once

@@ -36,16 +36,18 @@ struct TileRun {
     "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm2, %%zmm" #c                                            \
     "\n vpdpbusd 128*" #t "+4*\\step(%[codes])%{1to16%}, %%zmm3, %%zmm" #d "\n.endif\n"
 #define FEWFIRE_ADD(at, a)                                                                                       \
-    " vmulps " at "(%[scales]), %%zmm0, %%zmm1\n vcvtdq2ps %%zmm" #a ", %%zmm" #a "\n vmulps %%zmm" #a               \
-    ", %%zmm1, %%zmm" #a "\n vaddps " at "(%[room]), %%zmm" #a ", %%zmm" #a "\n vmovups %%zmm" #a ", " at "(%[room])\n"
+    " vmulps " at "(%[scales]), %%zmm0, %%zmm1\n vcvtdq2ps %%zmm" #a ", %%zmm" #a                                     \
+    "\n .if %c[begins]\n vfmadd213ps %%zmm5, %%zmm1, %%zmm" #a "\n .else\n vfmadd213ps " at "(%[room]), %%zmm1, %%zmm" #a \
+    "\n .endif\n vmovups %%zmm" #a ", " at "(%[room])\n"
 #define FEWFIRE_SCALE(t, a, b, c, d)                                                                             \
     ".if %c[n] > " #t "\n vbroadcastss 4*" #t "(%[token_scales]), %%zmm0\n" FEWFIRE_ADD("0", a)                       \
         FEWFIRE_ADD("64", b) FEWFIRE_ADD("128", c) FEWFIRE_ADD("192", d) " add %[stride], %[room]\n.endif\n"
 #define FEWFIRE_TOKENS(M, N) \
     M(0, 8, 9, 10, 11) M(1, 12, 13, 14, 15) N(2, 16, 17, 18, 19) M(3, 20, 21, 22, 23) M(4, 24, 25, 26, 27) N(5, 28, 29, 30, 31)
 
-// kSteps times four columns; `ahead`: the weights that follow, fetched meanwhile.
-template <int kTokens, int kSteps>
+// kSteps times four columns; `ahead`: the weights that follow, fetched meanwhile. Where these are the first columns
+// (`kBegins`) totals are not read: what lies there need not be numbers.
+template <int kTokens, int kSteps, bool kBegins>
 [[gnu::always_inline]] inline void run_tile(TileRun& run, const std::uint8_t* ahead) {
     static_assert(kTokens >= 1 && kTokens <= 6 && kSteps % 4 == 0);
     std::int64_t room = kSteps / 4;  // counts turns, then walks the totals
@@ -58,11 +60,12 @@ template <int kTokens, int kSteps>
         " .if \\step %% 2 == 0\n prefetcht1 (%[ahead])\n add %[ahead_step], %[ahead]\n .endif\n"
         FEWFIRE_TOKENS(FEWFIRE_DOT, FEWFIRE_DOT_READING)
         " .endr\n add $16, %[codes]\n add $256, %[bytes]\n dec %[room]\n jnz 1b\n"
-        " mov %[totals], %[room]\n" FEWFIRE_TOKENS(FEWFIRE_SCALE, FEWFIRE_SCALE)
+        " mov %[totals], %[room]\n vxorps %%zmm5, %%zmm5, %%zmm5\n" FEWFIRE_TOKENS(FEWFIRE_SCALE, FEWFIRE_SCALE)
         : [codes] "+r"(run.codes), [bytes] "+r"(run.bytes), [ahead] "+r"(ahead), [room] "+r"(room)
         : [starts] "r"(run.starts), [scales] "r"(run.scales), [token_scales] "r"(run.token_scales), [totals] "r"(run.totals),
-          [stride] "r"(run.stride), [gap] "r"(run.gap), [gaps] "r"(3 * run.gap), [ahead_step] "r"(run.ahead_step), [n] "i"(kTokens)
-        : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14",
+          [stride] "r"(run.stride), [gap] "r"(run.gap), [gaps] "r"(3 * run.gap), [ahead_step] "r"(run.ahead_step), [n] "i"(kTokens),
+          [begins] "i"(kBegins)
+        : "memory", "cc", "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", "zmm14",
           "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm24", "zmm25", "zmm26", "zmm27",
           "zmm28", "zmm29", "zmm30", "zmm31");
     run.starts += kTokens;

@@ -16,10 +16,13 @@
 namespace fewfire {
 namespace {
 
-// Where the products of a block's 16 rows with tokens go: token t's begin at first + t * stride; `rows` of them exist.
+// Where the products of some blocks' rows with tokens go: token t's begin at first + t * stride; `rows` of them exist.
 struct Target {
     float* first;
     std::int64_t stride, rows;
+
+    // Of block `b` alone.
+    Target block(std::int64_t b) const { return {first + b * kRows, stride, std::min(kRows, rows - b * kRows)}; }
 };
 
 // The high parts of one token's wide quad: four int8, their sum, and what they are multiples of. Codes are low + 128 high.
@@ -180,10 +183,10 @@ private:
     void add_quad(const WideQuad& wide, std::int64_t b, const typename Ops::Int& exact, const float* scales, const float* minima) {
         const typename Ops::Float both = Ops::mul(Ops::load_floats(scales), Ops::set_float(wide.scale));
         float* at = sums_of(wide.token) + b * kRows;
-        typename Ops::Float sum = Ops::add(Ops::load_floats(at), Ops::mul(Ops::to_float(exact), both));
+        typename Ops::Float sum = Ops::fused(Ops::load_floats(at), Ops::to_float(exact), both);
         if constexpr (kGroupBytes<kFormat>.has_minimum) {
             const typename Ops::Float weight = Ops::set_float(static_cast<float>(wide.sum) * wide.scale);
-            sum = Ops::add(sum, Ops::mul(Ops::load_floats(minima), weight));
+            sum = Ops::fused(sum, Ops::load_floats(minima), weight);
         }
         Ops::store_floats(at, sum);
     }

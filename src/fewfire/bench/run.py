@@ -285,11 +285,13 @@ def _decode(module: Any, ids_BT: Tensor, cache: Any, context: int, replays: Sequ
 
 
 def _warm(module: Module, run: Run, say: Say) -> None:
-    """Touch the pages of code and weights; where experts stream, fill their slots."""
+    """The prompt once, so that pages of code, weights and scratch have been touched; where experts stream, fill their
+    slots instead."""
     streams = isinstance(module, NativeDecoder) and isinstance(module.experts, StreamedExperts)
     if not streams:
-        ids_BT = torch.randint(0, module.config.vocab_size, (1, 8), generator=torch.Generator().manual_seed(1))
-        module.logits(module.hidden(ids_BT)[:, -1])
+        generator = torch.Generator().manual_seed(1)
+        ids_1T = torch.randint(0, module.config.vocab_size, (1, run.prompt_tokens), generator=generator)
+        _prefill(module, ids_1T, None)
         return
     assert isinstance(module, NativeDecoder) and isinstance(module.experts, StreamedExperts)
     source = _source(module, run, ATTEMPTS)

@@ -108,10 +108,24 @@ def _two_largest(most_TGq: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     return (first, second), found.indices[..., 0]
 
 
+def fused(sum_: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a * b + sum_ of float32, rounded once. In float64 a * b is exact; the sum is rounded to odd there, so that
+    rounding it once more, to float32, gives what one rounding gives (Boldo and Melquiond, 2008)."""
+    product, added = a.double() * b.double(), sum_.double()
+    total = product + added
+    part = total - product
+    lost = (product - (total - part)) + (added - part)  # of the exact sum (Knuth's two-sum)
+    bits = total.view(torch.int64)
+    is_even = (lost != 0) & torch.isfinite(total) & ((bits & 1) == 0)
+    towards = torch.where((lost > 0) == (total > 0), bits + 1, bits - 1)
+    return torch.where(is_even, towards, bits).view(torch.float64).float()
+
+
 def linear(x_TK: Tensor, weight: Encoded, name: str, shape: tuple[int, int]) -> Tensor:
     """(T, N): x times a weight (N, K) in format `name`. Quantized weights meet quantized activations: integer sums over
-    what shares a weight scale are exact; they are scaled and added one after the other, in rising order of columns.
-    Minima times the sums of activations are added up apart, in the same order, and so are the high parts of codes."""
+    what shares a weight scale are exact; they are scaled and added one after the other, each by one fused multiply-add,
+    in rising order of columns. Minima times the sums of activations are added up apart, in the same order, and so are
+    the high parts of codes."""
     if name not in _TILED_RUNS and name not in GGML_FORMATS:
         return F.linear(x_TK, decode(weight, name, shape))
     runs = split_runs(weight, name, shape)
@@ -131,10 +145,10 @@ def _add_runs(codes_TGk: Tensor, act_scales_TG: Tensor, runs: Runs) -> tuple[Ten
     for part in range(codes_TPk.shape[1]):
         act_scale_T1 = act_scales_TG[:, part * run // GROUP, None]
         exact_TN = codes_TPk[:, part].double() @ integers_NPk[:, part].double().t()
-        total_TN = total_TN + exact_TN.float() * (scales_NP[:, part] * act_scale_T1)
+        total_TN = fused(total_TN, exact_TN.float(), scales_NP[:, part] * act_scale_T1)
         if minima_NP is not None:
             sum_T1 = codes_TPk[:, part].sum(dim=-1, keepdim=True, dtype=torch.int32).float()
-            below_TN = below_TN + minima_NP[:, part] * (sum_T1 * act_scale_T1)
+            below_TN = fused(below_TN, minima_NP[:, part], sum_T1 * act_scale_T1)
     return total_TN, None if minima_NP is None else below_TN
 
 
@@ -148,10 +162,10 @@ def _add_high(x: Activations, runs: Runs) -> Tensor:
         wide_T1 = (high_TPk[:, part] != 0).any(dim=-1, keepdim=True)
         act_scale_T1 = x.scales_TG[:, part * run // GROUP, None] * WIDE_STEP
         exact_TN = high_TPk[:, part].double() @ integers_NPk[:, part].double().t()
-        next_TN = made_TN + exact_TN.float() * (scales_NP[:, part] * act_scale_T1)
+        next_TN = fused(made_TN, exact_TN.float(), scales_NP[:, part] * act_scale_T1)
         if minima_NP is not None:
             sum_T1 = high_TPk[:, part].sum(dim=-1, keepdim=True, dtype=torch.int32).float()
-            next_TN = next_TN + minima_NP[:, part] * (sum_T1 * act_scale_T1)
+            next_TN = fused(next_TN, minima_NP[:, part], sum_T1 * act_scale_T1)
         made_TN = torch.where(wide_T1, next_TN, made_TN)
     return made_TN
 
