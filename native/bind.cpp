@@ -448,6 +448,7 @@ fewfire::StoreSettings settings_of(const Fields& from) {
     to.always_verifies = from.flag("always_verifies"), to.num_readers = from.value<int>("num_readers");
     to.capacity = from.count("capacity");
     to.memory = pointer<std::uint8_t>(from.value<std::uintptr_t>("memory")), to.slot_bytes = from.count("slot_bytes");
+    to.touched_bytes = from.count("touched_bytes");
     to.policy = static_cast<fewfire::CachePolicy>(from.value<int>("policy")), to.looks_ahead = from.flag("looks_ahead");
     return to;
 }

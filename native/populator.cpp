@@ -34,7 +34,8 @@ void take_lowest_priority() {
 
 }  // namespace
 
-Populator::Populator(std::uint8_t* memory, std::int64_t limit) : memory_(memory), limit_(limit), thread_([this] { run(); }) {}
+Populator::Populator(std::uint8_t* memory, std::int64_t limit, std::int64_t made)
+    : memory_(memory), limit_(limit), made_(made), thread_([this] { run(); }) {}
 
 Populator::~Populator() {
     wanted_.store(-1);

@@ -46,7 +46,7 @@ ExpertStore::ExpertStore(std::vector<RecordLayer> layers, std::vector<std::uint3
       readings_(static_cast<std::size_t>(first_ids_.back())),
       uses_(static_cast<std::size_t>(first_ids_.back())),
       unready_(layers_.size()),
-      populator_(settings.memory, settings.capacity * settings.slot_bytes),
+      populator_(settings.memory, settings.capacity * settings.slot_bytes, settings.touched_bytes),
       looks_ahead_(settings.looks_ahead) {
     for (const RecordLayer& layer : layers_) parts_.push_back(parts_of(layer));
     for (int i = 0; i < std::max(1, settings_.num_readers); ++i) readers_.emplace_back([this] { read_forever(); });

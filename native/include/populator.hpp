@@ -13,8 +13,8 @@ namespace fewfire {
 // Threads: `reach` and `limit` by one thread at a time.
 class Populator {
 public:
-    // The first `limit` bytes of `memory`, both multiples of a page, may be populated.
-    Populator(std::uint8_t* memory, std::int64_t limit);
+    // The first `limit` bytes of `memory`, both multiples of a page, may be populated; `made` of them are.
+    Populator(std::uint8_t* memory, std::int64_t limit, std::int64_t made);
     ~Populator();
     Populator(const Populator&) = delete;
     Populator& operator=(const Populator&) = delete;
@@ -22,7 +22,7 @@ public:
     // The first `bytes` are in use: pages are made a way beyond them.
     void reach(std::int64_t bytes);
 
-    // How much has its pages by this thread. Waits for the piece that is being made.
+    // How much has its pages. Waits for the piece that is being made.
     std::int64_t made();
 
     // From now on no page beyond `bytes` is made.
@@ -34,7 +34,7 @@ private:
 
     std::uint8_t* memory_;
     std::mutex making_;  // held while pages are made
-    std::int64_t limit_, made_ = 0;
+    std::int64_t limit_, made_;
     bool fails_ = false;
     std::atomic<std::int64_t> wanted_{0};  // less than 0: the end
     std::thread thread_;

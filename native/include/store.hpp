@@ -28,6 +28,7 @@ struct StoreSettings {
     std::int64_t capacity = 0;         // slots
     std::uint8_t* memory = nullptr;    // room for all slots that there may ever be, aligned to 4096
     std::int64_t slot_bytes = 0;       // of the largest record
+    std::int64_t touched_bytes = 0;    // at the beginning of `memory`: written to already
     CachePolicy policy = CachePolicy::kLru;
     bool looks_ahead = false;          // the next layer's router is asked beforehand
 };

@@ -196,8 +196,9 @@ class StreamedExperts(_Experts):
         self.slot_bytes = max(layer.record_bytes for layer in pack.layout.experts)
         self.num_records = sum(layer.num_experts for layer in pack.layout.experts)
         self.slots = self._slots_of(num_bytes)
-        file, self.access = open_records(pack.folder / EXPERTS, pack.layout, self.settings.direct)
         self._memory = huge_memory(self.num_records * self.slot_bytes)  # of which so much is used as there are slots
+        slots = self._memory[: self.num_bytes]
+        file, self.access, touched = open_records(pack.folder / EXPERTS, pack.layout, slots, self.settings.direct)
         self.source = module.ExpertStore(
             _record_layers(pack),
             _checksums(pack),
@@ -208,6 +209,7 @@ class StreamedExperts(_Experts):
                 "num_readers": self.settings.num_readers,
                 "capacity": self.slots,
                 "memory": self._memory.data_ptr(),
+                "touched_bytes": touched,
                 "slot_bytes": self.slot_bytes,
                 "policy": POLICIES[self.settings.policy],
                 "looks_ahead": self.settings.lookahead,

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from fewfire.checkpoints.pack_layout import Layout
 from fewfire.errors import ConfigError
 from fewfire.kernels.isa import native
@@ -19,7 +21,8 @@ from fewfire.runtime.weights import huge_memory, open_file
 
 _READERS = 4
 _PIECE = 4 * 2**20  # of a record, at most
-PROBE_BYTES = _READERS * _PIECE
+# Where a probe reads to. A disk fills memory that lies in a core's cache faster than slots, which do not.
+PROBE_BYTES = 48 * 2**20
 _ROUND_BYTES, _ROUND_S = 24 * 2**20, 0.1  # of one measurement, whichever is over first
 _MOST_BYTES = 8 * 2**30  # of one probe: no disk reads more in its seconds
 _CLEARLY = 1.1  # O_DIRECT needs no copy and no page cache: the other way has to be faster by this
@@ -42,14 +45,15 @@ class Access:
         return way if self.bytes_per_s is None else f"{way}, {self.bytes_per_s / 1e9:.2f} GB/s"
 
 
-def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tuple[int, Access]:
-    """(file descriptor, how it was opened). `direct` None: a probe of some 50 MB decides.
+def open_records(path: Path, layout: Layout, slots: Tensor, direct: bool | None = None) -> tuple[int, Access, int]:
+    """(file descriptor, how it was opened, bytes at the beginning of `slots` that were written to). `direct` None: a
+    probe of some 50 MB decides, which reads into `slots` where they are enough.
 
     Raises: ConfigError where the file cannot be read, or not past the page cache where that was asked for.
     """
     buffered = open_file(path)
     if direct is False or not hasattr(os, "O_DIRECT"):
-        return buffered, Access(False)
+        return buffered, Access(False), 0
     try:
         past = os.open(path, os.O_RDONLY | os.O_DIRECT)
         os.preadv(past, [huge_memory(RECORD_ALIGNMENT).numpy().data], 0)
@@ -58,34 +62,52 @@ def open_records(path: Path, layout: Layout, direct: bool | None = None) -> tupl
             raise ConfigError(
                 f"{path} cannot be read past the page cache ({error.strerror}); leave --direct"
             ) from error
-        return buffered, Access(False)
+        return buffered, Access(False), 0
     if direct:
         os.close(buffered)
-        return past, Access(True)
-    rates = [(_rate(past, layout), _rate(buffered, layout)) for _ in range(2)]
+        return past, Access(True), 0
+    memory, touched = _room(_piece(layout), slots)
+    rates = [(_rate(past, layout, memory), _rate(buffered, layout, memory)) for _ in range(2)]
     of_direct, of_buffered = (max(each) for each in zip(*rates, strict=True))
     is_direct = of_buffered < _CLEARLY * of_direct
     os.close(buffered if is_direct else past)
-    return past if is_direct else buffered, Access(is_direct, of_direct, of_buffered)
+    return past if is_direct else buffered, Access(is_direct, of_direct, of_buffered), touched
+
+
+def _room(num_bytes: int, slots: Tensor) -> tuple[Tensor, int]:
+    """(where the readers read to, pieces of `num_bytes` in turns, how much of `slots` that is): memory of its own where
+    they have not a piece for each."""
+    pieces = min(PROBE_BYTES, slots.numel()) // (_READERS * num_bytes)
+    needed = _READERS * max(1, pieces) * num_bytes
+    return (slots[:needed], needed) if pieces else (huge_memory(needed), 0)
+
+
+def _piece(layout: Layout) -> int:
+    """Bytes that a probe reads at a time: a record, if none is larger than the limit."""
+    return min(_PIECE, *(layer.record_bytes for layer in layout.experts))
 
 
 def random_read_bytes_per_s(
-    file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int
+    file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int, memory: Tensor | None = None
 ) -> float:
     """Bytes/s of reads of `num_bytes` from `places()`, by some readers at once, none of it from the page cache: for
-    `seconds` or until `most` bytes are read."""
+    `seconds` or until `most` bytes are read. `memory`: where to, a piece a reader at least (default: its own)."""
     module, drops = native(), hasattr(os, "posix_fadvise") and not _is_direct(file)
     assert module is not None
-    memory = huge_memory(_READERS * num_bytes).fill_(1)  # its pages are there before reading is timed
-    share, stop = most // _READERS, time.perf_counter() + seconds
+    if memory is None:
+        memory = huge_memory(max(PROBE_BYTES, _READERS * num_bytes))
+    room = memory.numel() // (_READERS * num_bytes)
+    memory.fill_(1)  # its pages are there before reading is timed
+    first, share, stop = memory.data_ptr(), most // _READERS, time.perf_counter() + seconds
 
     def read(reader: int) -> int:
-        total, to = 0, memory.data_ptr() + reader * num_bytes
+        total, turn = 0, 0
         while total < share and time.perf_counter() < stop:
-            offset = places()
+            offset, to = places(), first + (reader * room + turn % room) * num_bytes
             if drops:
                 os.posix_fadvise(file, offset, num_bytes, os.POSIX_FADV_DONTNEED)
             total += module.read_plain(file, offset, num_bytes, to)[0]
+            turn += 1
         return total
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -98,10 +120,12 @@ def _is_direct(file: int) -> bool:
     return bool(fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
 
 
-def _rate(file: int, layout: Layout, *, seconds: float = _ROUND_S, most: int = _ROUND_BYTES) -> float:
+def _rate(
+    file: int, layout: Layout, memory: Tensor | None = None, *, seconds: float = _ROUND_S, most: int = _ROUND_BYTES
+) -> float:
     """Bytes/s of pieces of records from random places, none of them from the page cache."""
-    piece = min(_PIECE, *(layer.record_bytes for layer in layout.experts))
-    return random_read_bytes_per_s(file, _places(layout, piece), piece, seconds=seconds, most=most)
+    piece = _piece(layout)
+    return random_read_bytes_per_s(file, _places(layout, piece), piece, seconds=seconds, most=most, memory=memory)
 
 
 def _places(layout: Layout, piece: int) -> Callable[[], int]:
