@@ -94,6 +94,7 @@ def trunk_phase(work: Workload, part: Part, rate: float, num_tokens: float, num_
     arithmetic_s = sum(part.kernels.product_s(*product) for product in products)
     arithmetic_s += part.kernels.rows_s(num_tokens * sum(map(_row_numbers, work.config.layers)))
     arithmetic_s += part.kernels.rows_s(num_tokens * 2 * work.config.model_dim * work.num_layers)  # norms
+    arithmetic_s += part.kernels.rows_s(num_heads * work.config.vocab_size)  # logits, and the choice of a token
     return Phase(work.trunk_bytes, work.trunk_bytes / rate, arithmetic_s)
 
 

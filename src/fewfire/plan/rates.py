@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
-OVERLAP = 0.70  # of the shorter of reading and arithmetic that hides behind the longer one
+OVERLAP = 0.45  # of the shorter of reading and arithmetic that hides behind the longer one
 PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
 ATTENTION_SHARE = 0.36  # of the float32 peak, by scores and values
 ROW_OPS = 200  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
