@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
-OVERLAP = 0.45  # of the shorter of reading and arithmetic that hides behind the longer one
+OVERLAP = 0.40  # of the shorter of reading and arithmetic that hides behind the longer one
 PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
 ATTENTION_SHARE = 0.36  # of the float32 peak, by scores and values
-ROW_OPS = 200  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
-# norms, codes, rotations, the cache, gathering, activations, weighted sums (1.3 ns on one core of 150 GFLOP/s)
+ROW_OPS = 150  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
+# norms, codes, rotations, the cache, gathering, activations, weighted sums (0.8 ns on one core of 180 GFLOP/s)
 FORKS_PER_LAYER = 10  # parts of a layer that wait for all threads
 STEP_S = 350e-6  # of a step in Python: bookkeeping of pages, counts, the choice of the token
 
