@@ -15,6 +15,7 @@
 
 #include "lanes.hpp"
 #include "linear.hpp"
+#include "loops.hpp"
 #include "quantized.hpp"
 #include "steps.hpp"
 

@@ -129,10 +129,11 @@ void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, con
     const std::int8_t* at = tile.codes;
     const Place<WeightFormat::kQ4> place(weight, block, 0);
     const std::uint8_t *codes = place.codes, *scales = place.scales;
-    const std::int64_t groups = weight.groups(), gap = groups * 1024, scale_gap = groups * 96;
+    constexpr GroupBytes kBytes = kGroupBytes<WeightFormat::kQ4>;
+    const std::int64_t groups = weight.groups(), gap = groups * kBytes.codes, scale_gap = groups * kBytes.scales;
     for (std::int64_t g = 0; g < groups; ++g, at += kTokens * kGroup) {
         // What follows a block's last codes are codes of the block beside it, which is multiplied now.
-        const std::uint8_t* ahead = codes + kFetched + (g + kFetched / 1024 < groups ? 0 : (kBlocks - 1) * gap);
+        const std::uint8_t* ahead = codes + kFetched + (g + kFetched / kBytes.codes < groups ? 0 : (kBlocks - 1) * gap);
         typename Ops::Int whole[kBlocks * kTokens], steps[kBlocks];
         unroll<kBlocks * kTokens>([&](auto i) { whole[i] = Ops::zero_int(); });
         unroll<kBlocks>([&](auto b) {
@@ -163,7 +164,7 @@ void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, con
             });
         });
         starts += 8 * kTokens;
-        codes += 1024;
+        codes += kBytes.codes;
         unroll<kBlocks>([&](auto b) {
             const typename Ops::Float scale = Ops::load_bf16(scales + b * scale_gap);
             unroll<kTokens>([&](auto t) {
@@ -171,11 +172,9 @@ void multiply_q4(const Matrix& weight, std::int64_t block, const Tile& tile, con
                 total[b * kTokens + t] = Ops::fused(total[b * kTokens + t], Ops::to_float(whole[b * kTokens + t]), both);
             });
         });
-        scales += 6 * kRows;
+        scales += kBytes.scales;
     }
-    unroll<kBlocks * kTokens>([&](auto i) {
-        put<Ops>(target.block(i / kTokens), i % kTokens, total[i]);
-    });
+    unroll<kBlocks * kTokens>([&](auto i) { put<Ops>(target.block(i / kTokens), i % kTokens, total[i]); });
 }
 
 // Blocks that are multiplied at once: two streams of codes come from memory faster than one.

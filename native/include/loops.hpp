@@ -25,5 +25,14 @@ void for_number(int n, const Body& body) {
     }(std::make_integer_sequence<int, kMost>{});
 }
 
+// Lanes made one, the upper half of them into the lower, in place.
+template <class Both>
+[[gnu::always_inline]] inline float fold_lanes(float (&lanes)[16], const Both& both) {
+    for (int width = 8; width > 0; width /= 2) {
+        for (int lane = 0; lane < width; ++lane) lanes[lane] = both(lanes[lane], lanes[lane + width]);
+    }
+    return lanes[0];
+}
+
 }  // namespace
 }  // namespace fewfire

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #include "loops.hpp"
 #include "quantized.hpp"
@@ -53,10 +54,7 @@ void multiply_plain(const Element* row, std::int64_t columns, const float* const
     for (int t = 0; t < kTokens; ++t) {
         float lanes[16];
         Ops::store_floats(lanes, Ops::add(Ops::add(chain[4 * t], chain[4 * t + 1]), Ops::add(chain[4 * t + 2], chain[4 * t + 3])));
-        for (int width = 8; width > 0; width /= 2) {
-            for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-        }
-        out[t] = lanes[0];
+        out[t] = fold_lanes(lanes, std::plus<>());
     }
 }
 

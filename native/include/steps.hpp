@@ -13,6 +13,7 @@
 
 #include "lanes.hpp"
 #include "linear.hpp"
+#include "loops.hpp"
 #include "quantized.hpp"
 
 namespace fewfire {
@@ -29,15 +30,6 @@ void rms_norm(const float* x, const float* weight, std::int64_t width, float eps
     multiply_plain<Ops, float, 1>(x, width, rows, &squares);
     const float scale = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
     for (std::int64_t i = 0; i < width; ++i) out[i] = weight == nullptr ? x[i] * scale : x[i] * scale * weight[i];
-}
-
-// Lanes made one, the upper half of them into the lower, in place.
-template <class Both>
-[[gnu::always_inline]] inline float fold_lanes(float (&lanes)[16], const Both& both) {
-    for (int width = 8; width > 0; width /= 2) {
-        for (int lane = 0; lane < width; ++lane) lanes[lane] = both(lanes[lane], lanes[lane + width]);
-    }
-    return lanes[0];
 }
 
 inline float sum_lanes(Wide::Floats x) {

@@ -76,10 +76,11 @@ def open_records(path: Path, layout: Layout, slots: Tensor, direct: bool | None 
 
 def _room(num_bytes: int, slots: Tensor) -> tuple[Tensor, int]:
     """(where the readers read to, pieces of `num_bytes` in turns, how much of `slots` that is): memory of its own where
-    they have not a piece for each."""
+    they have not a piece for each. Its pages are there before reading is timed."""
     pieces = min(PROBE_BYTES, slots.numel()) // (_READERS * num_bytes)
     needed = _READERS * max(1, pieces) * num_bytes
-    return (slots[:needed], needed) if pieces else (huge_memory(needed), 0)
+    memory = slots[:needed] if pieces else huge_memory(needed)
+    return memory.fill_(1), needed if pieces else 0
 
 
 def _piece(layout: Layout) -> int:
@@ -91,13 +92,12 @@ def random_read_bytes_per_s(
     file: int, places: Callable[[], int], num_bytes: int, *, seconds: float, most: int, memory: Tensor | None = None
 ) -> float:
     """Bytes/s of reads of `num_bytes` from `places()`, by some readers at once, none of it from the page cache: for
-    `seconds` or until `most` bytes are read. `memory`: where to, a piece a reader at least (default: its own)."""
+    `seconds` or until `most` bytes are read. `memory`: where to, made by `_room` (default: some of its own)."""
     module, drops = native(), hasattr(os, "posix_fadvise") and not _is_direct(file)
     assert module is not None
     if memory is None:
-        memory = huge_memory(max(PROBE_BYTES, _READERS * num_bytes))
+        memory, _ = _room(num_bytes, huge_memory(PROBE_BYTES))
     room = memory.numel() // (_READERS * num_bytes)
-    memory.fill_(1)  # its pages are there before reading is timed
     first, share, stop = memory.data_ptr(), most // _READERS, time.perf_counter() + seconds
 
     def read(reader: int) -> int:
