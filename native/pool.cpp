@@ -15,16 +15,8 @@ namespace {
 // How long a worker looks for the next job before it sleeps: parts of a token follow one another within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(200);
 
-constexpr int kPatience = 256;  // looks between two offers of the core to others
-
 // Of `gate_`: whether workers may still come in, and how many are inside.
 constexpr std::uint32_t kOpen = std::uint32_t{1} << 31, kInside = kOpen - 1;
-
-inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
 
 // Cores that this thread may run on; none where the system does not say.
 std::vector<int> affinity() {
@@ -172,25 +164,40 @@ void Pool::take_parts(int worker) {
 
 void Pool::work(int worker, std::uint64_t seen) {
     for (;;) {
-        const auto until = std::chrono::steady_clock::now() + kSpin;
-        int rounds = 0;
-        while (epoch_.load(std::memory_order_acquire) == seen) {
-            relax();
-            if (++rounds % kPatience != 0) continue;
-            std::this_thread::yield();
-            if (std::chrono::steady_clock::now() > until) {
-                std::unique_lock<std::mutex> lock(sleep_);
-                asleep_.fetch_add(1);
-                wake_.wait(lock, [&] { return epoch_.load() != seen; });
-                asleep_.fetch_sub(1);
-            }
-        }
+        await_job(seen);
         seen = epoch_.load(std::memory_order_acquire);
         if (ends_.load()) return;
         if (!enter()) continue;
         if (worker <= job_.workers) take_parts(worker);
         gate_.fetch_sub(1, std::memory_order_release);
     }
+}
+
+// Until there is another job than the one `seen`: looks for it a while, then sleeps, and looks again where it is roused.
+void Pool::await_job(std::uint64_t seen) {
+    auto until = std::chrono::steady_clock::now() + kSpin;
+    for (int rounds = 1; epoch_.load(std::memory_order_acquire) == seen; ++rounds) {
+        relax();
+        if (rounds % kPatience != 0) continue;
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() <= until) continue;
+        {
+            std::unique_lock<std::mutex> lock(sleep_);
+            asleep_.fetch_add(1);
+            wake_.wait(lock, [&, before = rouses_] { return epoch_.load() != seen || rouses_ != before; });
+            asleep_.fetch_sub(1);
+        }
+        until = std::chrono::steady_clock::now() + kSpin;
+    }
+}
+
+void Pool::rouse() {
+    if (asleep_.load() == 0) return;
+    {
+        const std::lock_guard<std::mutex> lock(sleep_);
+        ++rouses_;
+    }
+    wake_.notify_all();
 }
 
 // False: the job was done meanwhile.

@@ -10,6 +10,7 @@
 
 #include "checksum_join.hpp"
 #include "dispatch.hpp"
+#include "pool.hpp"
 #include "reading.hpp"
 
 namespace fewfire {
@@ -21,6 +22,7 @@ constexpr std::int64_t kPartBytes = 512 << 10;  // what one reader reads at a ti
 constexpr std::int64_t kPage = 4096;         // parts begin and end at multiples of this
 constexpr std::int64_t kTrialTokens = 24;    // with and without looking ahead, in turns
 constexpr int kTrials = 4;
+constexpr auto kSpin = std::chrono::milliseconds(1);  // at most, for parts that are on their way
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -125,7 +127,7 @@ int ExpertStore::take(int most, std::int32_t* experts, Record* records) {
             return count;
         }
         waits = true;
-        done_.wait(lock);
+        await_progress(lock);
     }
 }
 
@@ -136,10 +138,35 @@ void ExpertStore::settle(const std::int32_t* experts, int count) {
     std::unique_lock<std::mutex> lock(guard_);
     for (int i = 0; i < count; ++i) {
         const Reading& reading = readings_[static_cast<std::size_t>(id_of(experts[i]))];
-        for (; reading.state == State::kReading; waits = true) done_.wait(lock);
+        for (; reading.state == State::kReading; waits = true) await_progress(lock);
         if (reading.state == State::kFailed) fail(id_of(experts[i]));
     }
     if (waits) count_wait(seconds_since(start));
+}
+
+// Until a reader has done something. While the last parts are on their way this thread does not sleep, and has the pool
+// woken: waking up takes about as long as what is left to be done with them.
+void ExpertStore::await_progress(std::unique_lock<std::mutex>& lock) {
+    const std::uint64_t before = progress_.load();
+    if (wanted_.empty()) {
+        lock.unlock();
+        const Clock::time_point until = Clock::now() + kSpin;
+        for (int rounds = 1; progress_.load() == before; ++rounds) {
+            relax();
+            if (rounds % kPatience != 0) continue;
+            std::this_thread::yield();
+            if (Clock::now() > until) break;
+        }
+        Pool::shared().rouse();
+        lock.lock();
+    }
+    if (progress_.load() == before) done_.wait(lock);
+}
+
+// Under the lock.
+void ExpertStore::progress() {
+    progress_.fetch_add(1);
+    done_.notify_all();
 }
 
 void ExpertStore::count_wait(double seconds) {
@@ -272,7 +299,7 @@ bool ExpertStore::next_job(Job& job) {
         for (auto at = queue->begin(); at != queue->end();) {
             if (is_stale(*at)) {
                 at = queue->erase(at);
-                done_.notify_all();
+                progress();
                 continue;
             }
             const SlotUse& use = uses_[static_cast<std::size_t>(at->slot)];
@@ -303,7 +330,7 @@ void ExpertStore::read_forever() {
         --use.running;
         --running_;
         if (use.running == 0) work_.notify_all();
-        done_.notify_all();
+        progress();
     }
 }
 

@@ -14,6 +14,14 @@
 
 namespace fewfire {
 
+constexpr int kPatience = 256;  // looks of a thread that waits without sleeping, between two offers of its core to others
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 class Pool {
 public:
     static Pool& shared();
@@ -32,6 +40,9 @@ public:
 
     // Threads that run() may use: cores this process may run on.
     int size() const { return static_cast<int>(cores_.size()); }
+
+    // Workers that sleep wake up and look for a job a while: one is about to come. From any thread.
+    void rouse();
 
     // Cores of up to `num_threads` threads that no worker is pinned to; empty: all are alike.
     std::vector<int> caller_cores(std::int64_t num_threads) const;
@@ -59,6 +70,7 @@ private:
     void run_job(std::int64_t num_threads, std::int64_t count, std::int64_t grain, Call what, const void* body);
     void start_workers(int wanted);
     void work(int worker, std::uint64_t seen);
+    void await_job(std::uint64_t seen);
     void take_parts(int worker);
     bool enter();
 
@@ -78,6 +90,7 @@ private:
     alignas(64) std::atomic<int> asleep_{0};
     std::mutex sleep_;
     std::condition_variable wake_;
+    std::uint64_t rouses_ = 0;  // under sleep_
     std::atomic<bool> ends_{false};
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -109,6 +110,8 @@ private:
     void finish(const Job& job, std::unique_lock<std::mutex>& lock);
     static std::vector<Part> parts_of(const RecordLayer& layer);
     void start_fills();
+    void await_progress(std::unique_lock<std::mutex>& lock);
+    void progress();
     void count_wait(double seconds);
     std::int64_t spare_reads();
     void count_substituted(std::int64_t count);
@@ -127,6 +130,7 @@ private:
     FileStamp stamp_;  // of the file when it was opened; once it differs, every read is compared with its checksum
     std::mutex guard_;
     std::condition_variable work_, done_;
+    std::atomic<std::uint64_t> progress_{0};  // steps on the way to a whole record; counted under the lock
     std::deque<Job> wanted_, prefetched_;
     std::vector<Reading> readings_;  // of each record
     std::vector<SlotUse> uses_;      // of each slot

@@ -18,6 +18,8 @@ from fewfire.plan.shapes import TensorSpec, decoder_blocks, outer_tensors
 from fewfire.plan.unique import Routed
 from fewfire.plan.workload import Workload
 
+_LOGIT_NUMBERS = 4  # of a row, that a logit costs as much as: new memory, and the choice of a token
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -94,7 +96,7 @@ def trunk_phase(work: Workload, part: Part, rate: float, num_tokens: float, num_
     arithmetic_s = sum(part.kernels.product_s(*product) for product in products)
     arithmetic_s += part.kernels.rows_s(num_tokens * sum(map(_row_numbers, work.config.layers)))
     arithmetic_s += part.kernels.rows_s(num_tokens * 2 * work.config.model_dim * work.num_layers)  # norms
-    arithmetic_s += part.kernels.rows_s(num_heads * work.config.vocab_size)  # logits, and the choice of a token
+    arithmetic_s += part.kernels.rows_s(num_heads * _LOGIT_NUMBERS * work.config.vocab_size)
     return Phase(work.trunk_bytes, work.trunk_bytes / rate, arithmetic_s)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
-OVERLAP = 0.40  # of the shorter of reading and arithmetic that hides behind the longer one
+OVERLAP = 0.40  # of arithmetic that hides behind reading; of reading behind arithmetic more, the longer that is
 PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
 ATTENTION_SHARE = 0.36  # of the float32 peak, by scores and values
 ROW_OPS = 150  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
@@ -92,5 +92,10 @@ class KernelRates:
 
 
 def overlapped(reading_s: float, arithmetic_s: float) -> float:
-    """Seconds of a phase that reads and multiplies at once: the longer, and what of the shorter is not hidden."""
-    return max(reading_s, arithmetic_s) + (1 - OVERLAP) * min(reading_s, arithmetic_s)
+    """Seconds of a phase that reads and multiplies at once: the longer, and what of the shorter is not hidden.
+
+    The more arithmetic there is for a byte, the sooner it has been fetched ahead.
+    """
+    if arithmetic_s <= reading_s:
+        return reading_s + (1 - OVERLAP) * arithmetic_s
+    return arithmetic_s + (1 - OVERLAP) * reading_s * reading_s / arithmetic_s

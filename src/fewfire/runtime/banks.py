@@ -167,6 +167,11 @@ class ResidentExperts(_Experts):
     def untouched_bytes(self) -> int:
         return 0
 
+    @property
+    def touched_memory(self) -> Tensor:
+        """Bytes that have their pages."""
+        return self.memory
+
     def fit(self, num_bytes: int) -> None:
         """All stay."""
 
@@ -238,6 +243,11 @@ class StreamedExperts(_Experts):
     def untouched_bytes(self) -> int:
         """Of the slots, what takes no memory yet."""
         return self.source.untouched_bytes()
+
+    @property
+    def touched_memory(self) -> Tensor:
+        """Bytes of slots that have their pages."""
+        return self._memory[: self.num_bytes - self.untouched_bytes]
 
     @property
     def has_empty_slots(self) -> bool:

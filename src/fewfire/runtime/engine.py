@@ -264,9 +264,8 @@ class NativeDecoder(nn.Module):
 
     @property
     def resident_weights(self) -> Tensor:
-        """Stored bytes that are in memory anyway: the trunk, or all experts where they are there and are more."""
-        trunk = self.lowered.trunk.in_memory
-        experts = self.experts.memory if isinstance(self.experts, ResidentExperts) else trunk
+        """Stored bytes that are in memory anyway: the trunk, or experts where there are more of them."""
+        trunk, experts = self.lowered.trunk.in_memory, self.experts.touched_memory
         return experts if experts.numel() > trunk.numel() else trunk
 
     def new_cache(self) -> PagedCache:

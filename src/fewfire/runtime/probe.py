@@ -37,8 +37,8 @@ from fewfire.runtime.engine import NativeDecoder
 from fewfire.runtime.weights import open_file
 
 RECORD_SIZES = (2**20, DISK_READ_BYTES, 4 * 2**20, 8 * 2**20)  # experts' records are of these sizes
-_SHORT_S = 0.1  # of reading memory beside a loaded model: some passes over its own weights
-_SHORT_BYTES = 256 * 2**20
+_SHORT_S = 0.1  # of reading memory beside a loaded model: some passes over what it holds
+_SHORT_BYTES = 2**30  # more than last-level caches hold
 _ROUNDS = 8  # of kernels, over some tenths of a second
 
 
