@@ -178,6 +178,29 @@ def test_experts_that_do_not_fit_stay_on_disk_and_a_text_too_long_is_refused(fol
         decoder.hidden(torch.zeros(1, 2 * 64, dtype=torch.long), cache)
 
 
+def test_pages_of_a_text_serve_the_next_one(folder):
+    decoder = NativeDecoder(open_pack(tiny_packs.make(folder, "olmoe", "q4", times=6)))
+    account, page = decoder.account, decoder.engine.page_bytes
+    ids, expected = torch.randint(0, 100, (1, 100)), []
+    for _ in range(2):
+        cache = decoder.new_cache()
+        expected.append(decoder(ids, cache))
+        addresses = {each.data_ptr() for each in cache.sequences[0].pages}
+        for each in cache.sequences[0].pages:
+            each.fill_(0xFF)  # NaN: the next text must not see what this one left
+        del cache
+        assert account.taken_bytes == 0 and account.spare.num_bytes == 2 * page
+    again = decoder.new_cache()
+    assert torch.equal(decoder(ids, again), expected[0]) and torch.equal(*expected)
+    assert {each.data_ptr() for each in again.sequences[0].pages} == addresses and account.spare.num_bytes == 0
+    del again
+    account.take(account.unused_bytes - page, "a test")
+    assert account.spare.num_bytes == page, "what is taken is not kept twice"
+    account.budget_bytes -= page
+    account.take(0, "a test")
+    assert account.spare.num_bytes == 0
+
+
 def test_scratch_of_a_long_prompt_is_taken_from_experts_when_it_comes(wide):
     pack, least = open_pack(wide), resident.CHUNKS[-1]
     decoder = NativeDecoder(pack, budget_bytes=limits.rss_bytes() + pack.layout.trunk_bytes + 160 * 2**20)

@@ -40,7 +40,7 @@ class Streaming:
     """
 
     policy: Policy = "lfru"
-    num_readers: int = 4
+    num_readers: int = 8
     lookahead: bool = False
     verify_always: bool = False
     direct: bool | None = None

@@ -27,12 +27,21 @@ class Experts(Protocol):
     """What gives way: experts in memory."""
 
     @property
+    def num_bytes(self) -> int: ...
+
+    @property
     def least_bytes(self) -> int: ...
 
     @property
     def untouched_bytes(self) -> int: ...
 
     def fit(self, num_bytes: int) -> None: ...
+
+
+class Spare(Protocol):
+    """What lies in memory that nothing else uses."""
+
+    def fit(self, room: int) -> None: ...
 
 
 def default_budget() -> int:
@@ -105,6 +114,7 @@ class Account:
         self.budget_bytes, self.fixed_bytes = budget_bytes, fixed_bytes
         self.taken_bytes = 0
         self.experts = experts
+        self.spare: Spare | None = None
         self._guard = threading.Lock()
 
     @property
@@ -121,6 +131,11 @@ class Account:
     def room(self) -> int:
         """What may still be taken: all but the least that experts need."""
         return self.expert_bytes - self.least_bytes
+
+    @property
+    def unused_bytes(self) -> int:
+        """What neither experts nor anything else holds."""
+        return self.expert_bytes - (0 if self.experts is None else self.experts.num_bytes)
 
     def take(self, num_bytes: int, what: str) -> None:
         """Set memory aside for `what`. Raises: BudgetError where the least that experts need would not be left."""
@@ -176,3 +191,5 @@ class Account:
     def _fit(self) -> None:
         if self.experts is not None:
             self.experts.fit(self.expert_bytes)
+        if self.spare is not None:
+            self.spare.fit(self.unused_bytes)

@@ -35,11 +35,45 @@ CACHE_ELEMENT_BYTES = {"bf16": 2, "q8": 1}
 PHASES = ("norm", "project", "attend", "out", "route", "experts", "wait", "dense", "head")  # native/include/engine.hpp
 
 
+class SparePages:
+    """Pages that texts gave back, for the next ones: new memory is cleared first, and some hosts give it slowly.
+
+    Kept are as many as lie in memory that neither texts nor experts have a use for, and 256 MiB at most.
+    """
+
+    MOST_BYTES = 256 * 2**20
+
+    def __init__(self) -> None:
+        self._pages: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(page.numel() for page in self._pages)
+
+    def take(self, page_bytes: int) -> Tensor:
+        """A page of that size, of any contents."""
+        try:
+            return self._pages.pop()
+        except IndexError:
+            return huge_memory(page_bytes)
+
+    def put(self, pages: Sequence[Tensor], room: int) -> None:
+        """Keep these too, as far as there is `room` for all."""
+        self._pages += pages
+        self.fit(room)
+
+    def fit(self, room: int) -> None:
+        """Let go of what exceeds `room` bytes."""
+        room = min(room, self.MOST_BYTES)
+        while self._pages and self.num_bytes > room:
+            del self._pages[max(0, room) // self._pages[0].numel() :]
+
+
 class PagedSequence:
     """Keys and values of one text, in pages of 64 tokens that are taken as it grows, out of the memory budget."""
 
-    def __init__(self, page_bytes: int, account: Account):
-        self.page_bytes, self.account, self.length = page_bytes, account, 0
+    def __init__(self, page_bytes: int, account: Account, spare: SparePages):
+        self.page_bytes, self.account, self.spare, self.length = page_bytes, account, spare, 0
         self.pages: list[Tensor] = []
         self._reserved = 0
 
@@ -57,11 +91,12 @@ class PagedSequence:
         self.reserve(self.length + num_new)
         wanted = -(-(self.length + num_new) // PAGE_TOKENS)
         if len(self.pages) < wanted:
-            self.pages += [huge_memory(self.page_bytes) for _ in range(wanted - len(self.pages))]
+            self.pages += [self.spare.take(self.page_bytes) for _ in range(wanted - len(self.pages))]
             self.account.check()
 
     def __del__(self) -> None:
         self.account.give(self._reserved * self.page_bytes)
+        self.spare.put(self.pages, self.account.unused_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -87,8 +122,8 @@ class PageTable:
 class PagedCache:
     """The sequences of one batch, all of the same length."""
 
-    def __init__(self, page_bytes: int, account: Account):
-        self.page_bytes, self.account = page_bytes, account
+    def __init__(self, page_bytes: int, account: Account, spare: SparePages):
+        self.page_bytes, self.account, self.spare = page_bytes, account, spare
         self.sequences: list[PagedSequence] = []
 
     @property
@@ -100,7 +135,7 @@ class PagedCache:
         held = len(self.sequences)
         check(held in (0, batch), f"the cache holds {held} sequences, not {batch}")
         if not held:
-            self.sequences = [PagedSequence(self.page_bytes, self.account) for _ in range(batch)]
+            self.sequences = [PagedSequence(self.page_bytes, self.account, self.spare) for _ in range(batch)]
         return self.sequences
 
     def reserve(self, num_tokens: int, batch: int = 1) -> None:
@@ -161,6 +196,7 @@ class NativeDecoder(nn.Module):
         self.lowered = Lowered(pack, Trunk(pack, report), cache)
         self._roped = planned_context(self.config, context)
         self.account = Account(budget, rss_bytes() + MARGIN_BYTES)
+        self._spare = self.account.spare = SparePages()
         self._open_experts(streaming, report)
         self._table: PageTable | None = None
 
@@ -269,7 +305,7 @@ class NativeDecoder(nn.Module):
         return experts if experts.numel() > trunk.numel() else trunk
 
     def new_cache(self) -> PagedCache:
-        return PagedCache(self.engine.page_bytes, self.account)
+        return PagedCache(self.engine.page_bytes, self.account, self._spare)
 
     def forward(self, ids_BT: Tensor, cache: Any = None, *, observe: Observer | None = None) -> Tensor:
         """Logits (B, T, V) float32 of `ids_BT`, the continuation of what `cache` holds."""
