@@ -19,6 +19,8 @@ from fewfire.plan.unique import Routed
 from fewfire.plan.workload import Assumptions, Workload
 
 DOWN_SHARE = 1 / 3  # of an expert's work: gate and up are the rest
+READ_COST = 0.25  # of the shorter of reading experts and computing them in a prompt: checksums, the ends of layers
+DENSE_TOKENS = 6  # an expert, from which a layer's reads begin while the layer before it is computed
 DISK_BYTES_PER_S = 2e9  # where a part names no disk: a middling NVMe drive, reads of expert size
 
 
@@ -173,18 +175,28 @@ def stream_prefill(
     hit_rate: float | None = None,
 ) -> PrefillTime:
     """A prompt with experts in memory and on disk, on a part whose kernels were measured: each chunk reads every awake
-    expert that is not in memory once, while others are computed. `hit_rate` None: the share that memory holds."""
+    expert that is not in memory once, while others are computed, and from the second layer on while attention and trunk
+    are. `hit_rate` None: the share that memory holds."""
     shares = _shares(work, tiers, measured=True)
     missing = shares[-1] if hit_rate is None else 1 - hit_rate
+    layers = sum(count for _, count in work.routed)
     seconds, parts = 0.0, {"memory": 0.0, "compute": 0.0, "launches": 0.0, "disk": 0.0}
-    for _, attention, trunk, experts in chunk_phases(work, part, num_tokens, assume):
+    for tokens, attention, trunk, experts in chunk_phases(work, part, num_tokens, assume):
         disk_s, launch_s = experts.num_bytes * missing / tiers[-1].bytes_per_s, launches(work, part, assume)
-        seconds += attention.seconds + trunk.seconds + max(experts.seconds, disk_s) + launch_s
+        others_s = attention.seconds + trunk.seconds
+        ahead_s = others_s * (layers - 1) / layers if _reads_ahead(work, tokens) else 0.0
+        shown_s = max(experts.seconds, disk_s - ahead_s) + READ_COST * min(experts.seconds, disk_s)
+        seconds += others_s + shown_s + launch_s
         for name, value in (("disk", disk_s), ("launches", launch_s)):
             parts[name] += value
         parts["memory"] += attention.reading_s + trunk.reading_s + experts.reading_s
         parts["compute"] += attention.arithmetic_s + trunk.arithmetic_s + experts.arithmetic_s
     return PrefillTime(num_tokens, seconds, max(parts, key=lambda name: parts[name]))
+
+
+def _reads_ahead(work: Workload, num_tokens: int) -> bool:
+    """Whether a layer's experts begin to come in before its router has chosen (native/experts.cpp, `demand`)."""
+    return all(num_tokens * routed.top_k >= DENSE_TOKENS * routed.num_experts for routed, _ in work.routed)
 
 
 def _shares(work: Workload, tiers: Sequence[Tier], *, measured: bool) -> list[float]:
