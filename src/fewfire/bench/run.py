@@ -285,8 +285,8 @@ def _decode(module: Any, ids_BT: Tensor, cache: Any, context: int, replays: Sequ
 
 
 def _warm(module: Module, run: Run, say: Say) -> None:
-    """The prompt once, so that pages of code, weights and scratch have been touched; where experts stream, all slots
-    filled after it, or as many steps as the run says, and none of both for a cold start."""
+    """The prompt once, so that pages of code, weights and scratch have been touched; where experts stream, decode fills
+    all slots before it, or as many steps as the run says go first, and neither for a cold start."""
     generator = torch.Generator().manual_seed(1)
     ids_1T = torch.randint(0, module.config.vocab_size, (1, run.prompt_tokens), generator=generator)
     if not isinstance(module, NativeDecoder) or not isinstance(module.experts, StreamedExperts):
@@ -295,10 +295,10 @@ def _warm(module: Module, run: Run, say: Say) -> None:
         return
     say("filling the slots of experts ...")
     source = _source(module, run, ATTEMPTS)
-    _prefill(module, ids_1T, source.take(run.prompt_tokens))
     for step in _steps(run.warm_steps, module.experts):
         ids_11 = torch.randint(0, module.config.vocab_size, (1, 1), generator=torch.Generator().manual_seed(step))
         module.hidden(ids_11, replay=source.take(1))
+    _prefill(module, ids_1T, source.take(run.prompt_tokens))
 
 
 def _steps(wanted: int | None, experts: StreamedExperts) -> Iterator[int]:

@@ -21,6 +21,7 @@ from fewfire.plan.workload import Assumptions, Workload
 DOWN_SHARE = 1 / 3  # of an expert's work: gate and up are the rest
 READ_COST = 0.25  # of the shorter of reading experts and computing them in a prompt: checksums, the ends of layers
 DENSE_TOKENS = 6  # an expert, from which a layer's reads begin while the layer before it is computed
+WINDOW_SLOTS = 16  # that a prompt's experts pass through
 DISK_BYTES_PER_S = 2e9  # where a part names no disk: a middling NVMe drive, reads of expert size
 
 
@@ -184,7 +185,7 @@ def stream_prefill(
     for tokens, attention, trunk, experts in chunk_phases(work, part, num_tokens, assume):
         disk_s, launch_s = experts.num_bytes * missing / tiers[-1].bytes_per_s, launches(work, part, assume)
         others_s = attention.seconds + trunk.seconds
-        ahead_s = others_s * (layers - 1) / layers if _reads_ahead(work, tokens) else 0.0
+        ahead_s = (layers - 1) * _ahead_s(work, tokens, others_s / layers, tiers[-1].bytes_per_s)
         shown_s = max(experts.seconds, disk_s - ahead_s) + READ_COST * min(experts.seconds, disk_s)
         seconds += others_s + shown_s + launch_s
         for name, value in (("disk", disk_s), ("launches", launch_s)):
@@ -194,9 +195,12 @@ def stream_prefill(
     return PrefillTime(num_tokens, seconds, max(parts, key=lambda name: parts[name]))
 
 
-def _reads_ahead(work: Workload, num_tokens: int) -> bool:
-    """Whether a layer's experts begin to come in before its router has chosen (native/experts.cpp, `demand`)."""
-    return all(num_tokens * routed.top_k >= DENSE_TOKENS * routed.num_experts for routed, _ in work.routed)
+def _ahead_s(work: Workload, num_tokens: int, others_s: float, bytes_per_s: float) -> float:
+    """Seconds of a layer's reads that run before its router has chosen, while attention and trunk take `others_s`: as
+    many as the window holds, where each expert gets so many tokens (native/experts.cpp, native/residency.cpp)."""
+    if any(num_tokens * routed.top_k < DENSE_TOKENS * routed.num_experts for routed, _ in work.routed):
+        return 0.0
+    return min(others_s, WINDOW_SLOTS * work.weights.per_expert / bytes_per_s)
 
 
 def _shares(work: Workload, tiers: Sequence[Tier], *, measured: bool) -> list[float]:
