@@ -20,6 +20,7 @@ Residency::Residency(std::vector<std::int64_t> first_ids, std::int64_t capacity,
     passes_.assign(count, 0);
     prefetched_.assign(count, 0);
     counts_.resize(first_ids_.size() - 1);
+    held_.assign(first_ids_.size() - 1, 0);
 }
 
 void Residency::want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead,
@@ -75,9 +76,9 @@ void Residency::give_back(std::int32_t expert) {
     read_ahead();
 }
 
-// A slot for a record: a free one; one by eviction; in order, one of the window, which is made by eviction.
+// A slot for a record: a free one; one by eviction; in order, one of the window, if the layer has its share of them all.
 bool Residency::assign(std::int64_t id, bool is_prefetch) {
-    std::int64_t slot = free_slot();
+    std::int64_t slot = in_order_ && room_of(layer_of_record(first_ids_, id)) == 0 ? -1 : free_slot();
     if (slot < 0 && !in_order_) slot = slot_by_eviction();
     if (slot >= 0) {
         place(id, slot, is_prefetch);
@@ -90,6 +91,7 @@ bool Residency::assign(std::int64_t id, bool is_prefetch) {
 
 void Residency::place(std::int64_t id, std::int64_t slot, bool is_prefetch) {
     slots_[static_cast<std::size_t>(id)] = slot;
+    ++held_[static_cast<std::size_t>(layer_of_record(first_ids_, id))];
     policy_->insert(id);
     fills_.push_back({id, slot, is_prefetch});
 }
@@ -120,6 +122,16 @@ void Residency::expect(std::int64_t id) {
     ahead_.push_back(id);
 }
 
+std::int64_t Residency::num_free() const { return static_cast<std::int64_t>(free_.size()) + capacity_ - next_slot_; }
+
+// Free slots that a prompt may fill with a layer's records: all layers get alike of an empty cache, so that in each of them
+// some experts can be computed while others are read.
+std::int64_t Residency::room_of(int layer) const {
+    const auto at = static_cast<std::size_t>(layer);
+    const std::int64_t share = (capacity_ * (first_ids_[at + 1] - first_ids_[at]) + num_records() - 1) / num_records();
+    return std::clamp<std::int64_t>(share - held_[at], 0, std::max<std::int64_t>(0, num_free()));
+}
+
 std::int64_t Residency::free_slot() {
     if (!free_.empty()) {
         const std::int64_t slot = free_.back();
@@ -141,6 +153,7 @@ std::int64_t Residency::slot_by_eviction() {
 void Residency::drop(std::int64_t id) {
     policy_->remove(id);
     slots_[static_cast<std::size_t>(id)] = -1;
+    --held_[static_cast<std::size_t>(layer_of_record(first_ids_, id))];
 }
 
 // What was brought in for `layer`: kept if it is wanted, else no longer held.
@@ -201,9 +214,9 @@ void Residency::read_ahead() {
 void Residency::make_window(int layer, const std::int32_t* experts, int count) {
     std::int64_t missing = 0;
     for (int i = 0; i < count; ++i) missing += slots_[static_cast<std::size_t>(id_of(layer, experts[i]))] < 0 ? 1 : 0;
-    const std::int64_t room = static_cast<std::int64_t>(free_.size()) + capacity_ - next_slot_;
+    const std::int64_t room = room_of(layer);
     while (window_slots_ < std::min(window_size(capacity_), missing - room)) {
-        std::int64_t slot = slot_by_eviction();
+        std::int64_t slot = num_free() > room ? free_slot() : slot_by_eviction();
         if (slot < 0) slot = free_slot();
         if (slot < 0) return;
         window_.push_back(slot);

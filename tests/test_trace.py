@@ -189,6 +189,15 @@ def test_they_are_equal_over_a_long_trace(policy):
         assert made.hits + made.misses == sum(len(step.experts) for step in steps)
 
 
+@needs_native
+def test_a_prompt_leaves_each_layer_its_share_of_empty_slots():
+    everything = [Step(layer, tuple(range(8)), in_order=True) for layer in range(3)]
+    for slots, hits in ((12, (4, 4, 1)), (18, (4, 6, 4)), (24, (8, 8, 8))):  # less the slots of the window
+        made = simulate((8, 8, 8), everything * 2, slots, "lru")
+        assert tuple(layer.hits for layer in made.layers) == hits
+        assert (made.layers, made.evictions) == reference.simulate("lru", [0, 8, 16, 24], slots, everything * 2)
+
+
 def test_hand_counted():
     steps = [Step(0, (each,)) for each in (0, 1, 2, 0, 1, 3, 0, 1)]
     lru, belady = simulate([4], steps, 2, "lru"), simulate([4], steps, 2, "belady")

@@ -54,7 +54,8 @@ public:
     Residency(std::vector<std::int64_t> first_ids, std::int64_t capacity, std::unique_ptr<Policy> policy);
 
     // The experts that `layer` runs now, distinct and rising. in_order: they will be given back in that order, and what
-    // is not in memory passes through a few slots without pushing out what is. `reads_ahead`: the next layer will want
+    // is not in memory passes through a few slots without pushing out what is, or fills the layer's share of free ones.
+    // `reads_ahead`: the next layer will want
     // nearly all of its experts. `most_fills`: no more than so many of the missing come in, and nobody waits for them;
     // null: all.
     void want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead,
@@ -99,6 +100,8 @@ public:
 
 private:
     std::int64_t id_of(int layer, std::int32_t expert) const { return first_ids_[static_cast<std::size_t>(layer)] + expert; }
+    std::int64_t num_free() const;
+    std::int64_t room_of(int layer) const;
     std::int64_t free_slot();
     std::int64_t slot_by_eviction();
     void place(std::int64_t id, std::int64_t slot, bool is_prefetch);
@@ -129,6 +132,7 @@ private:
     bool in_order_ = false, reads_ahead_ = false;
     std::vector<Fill> fills_;
     std::vector<LayerCounts> counts_;
+    std::vector<std::int64_t> held_;  // of each layer: records in slots of their own
 };
 
 // One use of a layer in a trace.

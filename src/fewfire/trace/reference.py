@@ -210,7 +210,7 @@ class Belady:
 
 class Cache:
     """Which records are in memory. In prefill, in order, those that are not pass through a few slots (`idle` of the
-    window) without pushing out what is."""
+    window) without pushing out what is, once their layer has its share of free slots."""
 
     def __init__(self, first_ids: Sequence[int], slots: int, policy: Any):
         self.first_ids, self.slots, self.policy = first_ids, slots, policy
@@ -273,7 +273,7 @@ class Cache:
                 self.ahead.append(id)
 
     def _place(self, id: int, in_order: bool) -> bool:
-        if self.free:
+        if self._room(id) if in_order else self.free:
             self.free -= 1
         elif in_order:
             if not self.idle:
@@ -287,6 +287,13 @@ class Cache:
         self.policy.insert(id)
         return True
 
+    def _room(self, id: int) -> int:
+        """Free slots that the layer of a record may take in a prompt: its share, less what it has."""
+        layer = bisect.bisect_right(self.first_ids, id) - 1
+        first, last = self.first_ids[layer : layer + 2]
+        share = -(-self.slots * (last - first) // self.first_ids[-1])
+        return min(self.free, max(0, share - sum(first <= held < last for held in self.held)))
+
     def _evict(self) -> bool:
         id = self.policy.victim({id for id in self.held if not self.pins[id]})
         if id is None:
@@ -298,9 +305,10 @@ class Cache:
 
     def _make_window(self, ids: Sequence[int]) -> None:
         missing = sum(id not in self.held and id not in self.passing for id in ids)
-        size = min(min(max(self.slots // 4, 2), 16), missing - self.free)
+        room = self._room(ids[0])
+        size = min(min(max(self.slots // 4, 2), 16), missing - room)
         while self.window < size:
-            if not self._evict():
+            if self.free > room or not self._evict():
                 if not self.free:
                     return
                 self.free -= 1
