@@ -62,6 +62,7 @@ def generate(
     text = _read_prompt(prompt)
     from fewfire import api
 
+    start = time.perf_counter()
     loaded = api.load(
         model,
         threads=threads,
@@ -75,6 +76,7 @@ def generate(
         ignore_keys=ignore_key or (),
         show_progress=sys.stderr.isatty(),
     )
+    load_s = time.perf_counter() - start
     stream = loaded.stream(
         text,
         chat=chat,
@@ -95,9 +97,9 @@ def generate(
         for _ in _watched(stream):
             pass
         result = stream.result()
-        print_json(to_json(result, _predicted(loaded, result)))
+        print_json({**to_json(result, _predicted(loaded, result)), "load_s": load_s})
         return
-    status = _show(loaded, stream)
+    status = _show(loaded, stream, load_s)
     if status:
         raise typer.Exit(status)
 
@@ -120,7 +122,7 @@ def _predicted(model: Model, result: Generated) -> float | None:
     return model.predict_decode(context=result.prompt_tokens + len(result.token_ids) // 2, hit_rate=found)
 
 
-def _show(model: Model, stream: Stream) -> int:
+def _show(model: Model, stream: Stream, load_s: float) -> int:
     """Write pieces as they come; 130 where the user interrupted, with what there is so far."""
     from fewfire.cli.output import note
 
@@ -135,7 +137,7 @@ def _show(model: Model, stream: Stream) -> int:
     sys.stdout.flush()
     result = stream.result()
     predicted = None if status else _predicted(model, result)
-    note(_summary(result, predicted, interrupted=status != 0))
+    note(f"loaded in {load_s:.1f} s; {_summary(result, predicted, interrupted=status != 0)}")
     return status
 
 

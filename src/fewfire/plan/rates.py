@@ -17,7 +17,7 @@ ATTENTION_SHARE = 0.36  # of the float32 peak, by scores and values
 ROW_OPS = 150  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
 # norms, codes, rotations, the cache, gathering, activations, weighted sums (0.8 ns on one core of 180 GFLOP/s)
 FORKS_PER_LAYER = 10  # parts of a layer that wait for all threads
-STEP_S = 350e-6  # of a step in Python: bookkeeping of pages, counts, the choice of the token
+STEP_S = 200e-6  # of a step in Python: bookkeeping of pages, counts, the choice of the token
 
 
 @dataclass(frozen=True)
