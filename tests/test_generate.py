@@ -120,10 +120,16 @@ def test_broken_logits_are_an_error():
             Sampler(Sampling()).choose(torch.tensor([0.0, bad]))
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-300, 1e-40])
+def test_a_tiny_temperature_takes_the_best(temperature):
+    sampler = Sampler(Sampling(temperature=temperature, seed=1))
+    assert [sampler.choose(torch.tensor([0.0, 3.0, -1e30])) for _ in range(3)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("temperature", -1.0), ("temperature", math.nan), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 1.0)]
-    + [("min_p", -0.1), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**63)],
+    + [("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", 1e-320), ("seed", -1), ("seed", 2**63)],
 )
 def test_senseless_sampling_is_refused(field, value):
     with pytest.raises(ConfigError, match=field):

@@ -118,6 +118,7 @@ def test_a_prepared_tokenizer_grows_no_longer() -> None:
     tables = set(vars(prepared))
     assert prepared.decode(prepared.encode(TEXTS[2])) == TEXTS[2]
     assert prepared.eos_token_id in prepared.end_token_ids and prepared.token_to_id("<|im_start|>") is not None
+    assert prepared.token_to_id("\ud800") is None, "a lone surrogate is no token's text"
     assert prepared.encode("a", add_special=True) and prepared.vocab_size > 256
     assert set(vars(prepared)) - tables <= {"vocab_size", "special_ids"}  # small: a number, the added tokens
 

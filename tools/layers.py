@@ -15,7 +15,7 @@ PACKAGE = "fewfire"
 
 # Lower numbers know nothing of higher ones.
 LAYERS: dict[str, float] = {
-    **dict.fromkeys(("config", "errors", "sizes"), 0),
+    **dict.fromkeys(("config", "errors", "files", "sizes"), 0),
     **dict.fromkeys(("plan", "families", "headers", "tokenizer"), 1),
     **dict.fromkeys(("routing", "formats"), 2),
     **dict.fromkeys(("checkpoints", "kernels", "balance", "data", "_native"), 2.5),
@@ -42,7 +42,7 @@ SIBLINGS = {
 
 # Who may import what comes from outside: module -> the parts of fewfire that must not.
 FORBIDDEN = {
-    "torch": {"config", "errors", "sizes", "plan", "families", "headers", "tokenizer", "serve"},
+    "torch": {"config", "errors", "files", "sizes", "plan", "families", "headers", "tokenizer", "serve"},
     "transformers": set(LAYERS),
 }
 NATIVE_DOORS = {"kernels", "runtime"}

@@ -34,6 +34,7 @@ from fewfire.runtime.lossy import Lossy
 from fewfire.runtime.packed import account_of, experts_of, load_pack
 from fewfire.runtime.predict import predict_decode
 from fewfire.runtime.sampling import Sampling
+from fewfire.runtime.threads import use_threads
 from fewfire.sizes import parse_bytes
 from fewfire.tokenizer import StreamDecoder, Tokenizer
 from fewfire.trace import Trace, record, save_trace
@@ -452,11 +453,10 @@ def load(
     Raises: ConfigError for a name that is no model or a config that is not understood, FormatError for damaged files,
     BudgetError, with the table of what is needed, where `memory` does not suffice.
     """
-    check(threads is None or threads >= 1, f"threads ({threads}) must be at least 1; leave it out to use all cores")
+    if threads is not None:
+        use_threads(threads)
     wanted = torch_dtype(dtype)
     path = locate(model, show_progress=show_progress)
-    if threads is not None:
-        torch.set_num_threads(threads)
     check(cache in CACHE_ELEMENT_BYTES, f"cache ({cache}) is not one of {', '.join(CACHE_ELEMENT_BYTES)}")
     budget = None if memory is None else parse_bytes(memory, name="memory")
     tokenizer = read_tokenizer(path)  # before anything large: it takes memory while it is read

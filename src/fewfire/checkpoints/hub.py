@@ -26,6 +26,7 @@ from fewfire.checkpoints.shards import SHARD_BYTES, TORCH_DTYPES, Outgoing, writ
 from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError, FormatError
 from fewfire.families import HubTensor
+from fewfire.files import read_regular
 from fewfire.headers import read_checkpoint
 from fewfire.tokenizer import Tokenizer
 
@@ -101,7 +102,7 @@ def read_hub_config(folder: Path, *, ignore: Iterable[str] = ()) -> ModelConfig:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ConfigError where it cannot be read, FormatError where it is none."""
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name a folder that holds a model") from error
     try:

@@ -20,6 +20,7 @@ from fewfire.checkpoints.pack_layout import ExpertLayer, Layout, Placed, lay_out
 from fewfire.checkpoints.shards import Shards
 from fewfire.config import ModelConfig
 from fewfire.errors import ConfigError, FormatError
+from fewfire.files import read_regular
 from fewfire.formats import PACK_FORMATS, Encoded, decode, sizes
 from fewfire.headers import DTYPE_BYTES, TensorHeader, read_safetensors
 from fewfire.kernels import crc32c
@@ -155,7 +156,7 @@ def open_pack(folder: str | Path) -> Pack:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name the folder of a pack") from error
     try:
@@ -238,16 +239,20 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
     for name, entry in files.items():
         if Path(name).name != name or not isinstance(entry, dict) or set(entry) != {"bytes", "checksum"}:
             raise FormatError("is no entry of a file", path=str(folder / MANIFEST), record=f"files.{name}")
+        if type(entry["bytes"]) is not int or entry["bytes"] < 0:
+            raise FormatError("is no number of bytes", path=str(folder / MANIFEST), record=f"files.{name}.bytes")
         path = folder / name
         try:
-            content = path.read_bytes()
+            _check_size(path, entry["bytes"])
+            content = read_regular(path)
         except OSError as error:
             raise FormatError(f"cannot be read ({error.strerror}); complete the pack", path=str(path)) from error
-        if len(content) != entry["bytes"] or bytes_checksum(content) != entry["checksum"]:
+        if bytes_checksum(content) != entry["checksum"]:
             raise FormatError(DAMAGED, path=str(path))
 
 
 def _check_experts(folder: Path, manifest: Mapping[str, Any], layout: Layout) -> None:
+    _check_part(folder, manifest, "experts", EXPERTS, layout.expert_bytes)
     path, listed = str(folder / MANIFEST), manifest["experts"].get("layers")
     if not isinstance(listed, list) or len(listed) != len(layout.experts):
         raise FormatError(f"expected {len(layout.experts)} layers of experts", path=path, record="experts.layers")
@@ -277,7 +282,15 @@ def _check_size(path: Path, expected: int) -> None:
         raise FormatError(message, path=str(path), offset=min(found, expected))
 
 
+def _check_part(folder: Path, manifest: Mapping[str, Any], part: str, file: str, num_bytes: int) -> None:
+    expected = {"file": file, "bytes": num_bytes}
+    if {key: manifest[part].get(key) for key in expected} != expected:
+        message = f"does not say {expected}, which config and formats imply"
+        raise FormatError(message, path=str(folder / MANIFEST), record=part)
+
+
 def _check_trunk(folder: Path, manifest: Mapping[str, Any], layout: Layout) -> dict[str, TensorHeader]:
+    _check_part(folder, manifest, "trunk", TRUNK, layout.trunk_bytes)
     path = folder / TRUNK
     headers = read_safetensors(path)
     expected = {name: (dtype, shape) for placed in layout.trunk for name, dtype, shape in stored_parts(placed)}

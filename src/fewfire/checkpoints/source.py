@@ -88,6 +88,7 @@ def locate(model: str | Path, *, show_progress: bool = False) -> Path:
     key = text.strip().lower()
     if key in published.names() and not isinstance(published.find(key), published.NotPublished):
         raise ConfigError(f"{text} is a shape without weights; give its folder or hub id, or `fewfire init` it")
-    if isinstance(model, str) and looks_like_hub_id(text):
+    is_file_name = path.suffix == ".gguf" and len(path.parts) < 3  # a hub's file is org/name/file.gguf
+    if isinstance(model, str) and looks_like_hub_id(text) and not is_file_name:
         return download(HubId(text), show_progress=show_progress)
     raise ConfigError(f"{text} is no folder or .gguf file here; give the path of a checkpoint, a hub id, or `demo`")

@@ -34,7 +34,7 @@ def bench(
         int | None, typer.Option(help="Tokens that are decoded (default: 64; all that --replay has).", min=1)
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens in the cache before decoding.", min=0)] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences decoded at once.", min=1)] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.", min=1, max=65_536)] = 1,
     kernels: Annotated[bool, typer.Option("--kernels", help="Kernels alone, beside the machine's peaks.")] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Small random packs: one total, other active parameters; and the reverse.")
@@ -61,14 +61,13 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Measure prefill and decode, with probes of memory, arithmetic and disk in the same run."""
-    import torch
-
     from fewfire import bench as measure
     from fewfire.cli.output import note, print_json
+    from fewfire.runtime.threads import use_threads
     from fewfire.sizes import parse_bytes
 
     if threads is not None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
     if sweep:
         if model is not None or kernels:
             raise ConfigError("--sweep makes its own packs; leave the model and --kernels out")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewfire.errors import ConfigError, FormatError
+from fewfire.files import open_regular
 
 # ggml type id -> (name, elements a block, bytes a block)
 GGML_BLOCKS: dict[int, tuple[str, int, int]] = {
@@ -127,8 +129,8 @@ def read_gguf(path: str | Path, *, long_arrays: bool = False) -> GgufHeader:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
-            if path.stat().st_size < 24:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size < 24:
                 raise FormatError("is too short for a GGUF file; download it again", path=str(path), offset=0)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(_Cursor(data, path), long_arrays)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewfire.errors import ConfigError, FormatError
+from fewfire.files import open_regular, read_regular
 
 # Bytes of one value of each safetensors dtype. Types of less than a byte are in no checkpoint that fewfire reads.
 DTYPE_BYTES = {
@@ -89,7 +90,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The header's object, where the tensors' bytes begin, and the size of the file."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
             header_bytes = _header_length(path, file.read(8), file_bytes)
             text = file.read(header_bytes)
@@ -202,7 +203,7 @@ def _are_counts(values: Any) -> bool:
 def _index_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an index file."""
     try:
-        text = index.read_bytes()
+        text = read_regular(index)
     except OSError as error:
         raise ConfigError(f"{index} cannot be read ({error.strerror}); check the path") from error
     placed = _parse_object(index, text).get("weight_map")

@@ -84,7 +84,7 @@ def _best_rate(run: Callable[[int, int], int], threads: int, seconds: float) -> 
 
 def fork_join_s(threads: int, *, seconds: float = 0.01) -> float:
     """Seconds until all threads have done a small part of a product and the caller knows."""
-    return _typical_s(_product("q8", 256, 128, 1, threads), seconds, _UNDISTURBED)
+    return _typical_s(_product("q8", 256, 1, threads, _Room("q8", 256, 1, 128)), seconds, _UNDISTURBED)
 
 
 def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, seconds: float = 0.02) -> float:
@@ -99,13 +99,14 @@ def product_ops_per_s(format_name: str, num_tokens: int, threads: int, *, second
 
 class _ProductProbe:
     """The same in several rounds, each the fastest of its calls: their mean is what a long run meets, where work of
-    others comes and goes."""
+    others comes and goes. `room`: a weight that others may have too."""
 
-    def __init__(self, format_name: str, num_tokens: int, threads: int):
-        rows, few = _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS, _BLOCK * threads
+    def __init__(self, format_name: str, num_tokens: int, threads: int, room: _Room | None = None):
+        rows, few = _rows(format_name), _BLOCK * threads
+        room = room or _Room(format_name, rows, num_tokens)
         self.rows, self.few, self.num_tokens = rows, few if few < rows else 0, num_tokens
-        self._whole = _product(format_name, rows, _COLUMNS, num_tokens, threads)
-        self._besides = _product(format_name, few, _COLUMNS, num_tokens, threads)
+        self._whole = _product(format_name, rows, num_tokens, threads, room)
+        self._besides = _product(format_name, self.few, num_tokens, threads, room)
         self._took_s: list[float] = []
 
     def time(self, seconds: float) -> None:
@@ -130,7 +131,8 @@ def kernel_rates(
     """Rates of all `formats` that have kernels (bf16 always), each of `tokens` timed for `seconds` in some `rounds`."""
     names = sorted({"bf16", *formats} & NATIVE_FORMATS.keys())
     counts = sorted(tokens)
-    probes = {(name, count): _ProductProbe(name, count, threads) for name in names for count in counts}
+    rooms = {name: _Room(name, _rows(name), counts[-1]) for name in names}  # few MB, beside a model under a budget
+    probes = {(name, count): _ProductProbe(name, count, threads, rooms[name]) for name in names for count in counts}
     for _ in range(rounds):
         for probe in probes.values():
             probe.time(seconds / rounds)
@@ -155,22 +157,34 @@ def _smooth(points: list[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
     return tuple(made)
 
 
-def _product(format_name: str, rows: int, columns: int, num_tokens: int, threads: int) -> Callable[[], None]:
-    module, size = _module(), sizes(format_name, (rows, columns))
-    codes = torch.full((size.codes,), _FILL, dtype=torch.uint8)
-    scales = torch.full((max(size.scales, 1),), _FILL, dtype=torch.uint8)
-    values, out = torch.ones((num_tokens, columns)), torch.empty((num_tokens, rows))
+def _rows(format_name: str) -> int:
+    return _PLAIN_ROWS if format_name in ("f32", "bf16") else _ROWS
+
+
+class _Room:
+    """A weight of so many rows, tokens for it, and where products go."""
+
+    def __init__(self, format_name: str, rows: int, num_tokens: int, columns: int = _COLUMNS):
+        size = sizes(format_name, (rows, columns))
+        self.columns = columns
+        self.codes = torch.full((size.codes,), _FILL, dtype=torch.uint8)
+        self.scales = torch.full((max(size.scales, 1),), _FILL, dtype=torch.uint8)
+        self.values, self.out = torch.ones((num_tokens, columns)), torch.empty((num_tokens, rows))
+
+
+def _product(format_name: str, rows: int, num_tokens: int, threads: int, room: _Room) -> Callable[[], None]:
+    module, code = _module(), NATIVE_FORMATS[format_name]
 
     def run() -> None:
         module.linear(
-            NATIVE_FORMATS[format_name],
-            codes.data_ptr(),
-            scales.data_ptr(),
+            code,
+            room.codes.data_ptr(),
+            room.scales.data_ptr(),
             rows,
-            columns,
-            values.data_ptr(),
+            room.columns,
+            room.values.data_ptr(),
             num_tokens,
-            out.data_ptr(),
+            room.out.data_ptr(),
             threads,
         )
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fewfire.errors import ConfigError, FormatError
+from fewfire.files import read_regular
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ConfigError if it cannot be read, FormatError if it is no object."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a folder with a config.json") from error
     except (ValueError, RecursionError) as error:

@@ -103,9 +103,12 @@ def trunk_phase(work: Workload, part: Part, rate: float, num_tokens: float, num_
 def attention_phase(work: Workload, part: Part, rate: float, num_tokens: float, seen: int, texts: float) -> Phase:
     """Scores and values of N tokens that see `seen` cached ones on average; the cache of `texts` texts is read once."""
     assert part.kernels is not None
-    flops = sum(mixer_flops(block.layer.mixer, seen) * block.copies for block in decoder_blocks(work.config))
+    arithmetic_s = 0.0
+    for layer, copies, _ in decoder_blocks(work.config):
+        flops = mixer_flops(layer.mixer, seen) * copies * num_tokens
+        arithmetic_s += part.kernels.attention_s(flops, is_latent=isinstance(layer.mixer, LatentAttentionConfig))
     num_bytes = work.cache_read * texts
-    return Phase(num_bytes, num_bytes / rate, part.kernels.attention_s(flops * num_tokens))
+    return Phase(num_bytes, num_bytes / rate, arithmetic_s)
 
 
 def _row_numbers(layer: LayerConfig) -> int:
@@ -114,7 +117,7 @@ def _row_numbers(layer: LayerConfig) -> int:
     fed = 0 if dense is None else 2 * dense.hidden_dim
     match layer.mixer:
         case AttentionConfig() as mixer:
-            return fed + (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim
+            return fed + 2 * (mixer.num_heads + 2 * mixer.num_kv_heads) * mixer.head_dim  # products, then attention
         case LatentAttentionConfig() as mixer:
             widths = mixer.nope_dim + mixer.rope_dim + mixer.value_dim
             return fed + mixer.num_heads * widths + mixer.kv_rank + mixer.rope_dim + (mixer.q_rank or 0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from fewfire.config import RoutingProfile, check
 from fewfire.errors import ConfigError, FormatError
+from fewfire.files import open_regular
 from fewfire.headers import read_metadata
 from fewfire.plan.hub import read_json
 
@@ -33,7 +34,7 @@ def read_profile(path: str | Path, *, model: str | None = None, domain: str | No
 def _is_trace(path: Path) -> bool:
     """Whether a safetensors header begins there: the four high bytes of its length are zero, as no text's are."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read(9)[4:] == b"\0\0\0\0{"
     except OSError:
         return False  # read_json says why

@@ -13,7 +13,8 @@ from typing import Any
 # Of the native engine, over the shapes of docs/bench.md; `benchmarks/prediction.py` measures what they rest on.
 OVERLAP = 0.40  # of arithmetic that hides behind reading; of reading behind arithmetic more, the longer that is
 PRODUCT_SHARE = 0.95  # of a product's own speed reached within a model: parts of uneven size
-ATTENTION_SHARE = 0.36  # of the float32 peak, by scores and values
+ATTENTION_SHARE = 0.60  # of the float32 peak, by scores and values
+LATENT_SHARE = 0.27  # the same, of latent attention
 ROW_OPS = 150  # of float32 arithmetic that a number of a row costs, in place of what is done with it once or twice:
 # norms, codes, rotations, the cache, gathering, activations, weighted sums (0.8 ns on one core of 180 GFLOP/s)
 FORKS_PER_LAYER = 10  # parts of a layer that wait for all threads
@@ -48,9 +49,9 @@ class KernelRates:
         part = (num_tokens - low) / (high - low)
         return 2 * num_weights * ((1 - part) * low / low_rate + part * high / high_rate)
 
-    def attention_s(self, flops: float) -> float:
+    def attention_s(self, flops: float, *, is_latent: bool = False) -> float:
         """Seconds of scores and values of attention."""
-        return flops / (self.float_ops_per_s * ATTENTION_SHARE)
+        return flops / (self.float_ops_per_s * (LATENT_SHARE if is_latent else ATTENTION_SHARE))
 
     def rows_s(self, numbers: float) -> float:
         """Seconds of all that is done with rows between products, of so many numbers."""

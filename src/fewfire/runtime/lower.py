@@ -25,7 +25,7 @@ from fewfire.config import (
 )
 from fewfire.kernels.linear import NATIVE_FORMATS
 from fewfire.model.rope import cos_sin
-from fewfire.runtime.weights import EMBEDDING, Trunk
+from fewfire.runtime.weights import EMBEDDING, Trunk, untouched_floats
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "gelu": 3, "swiglu_clamped": 4}
 _SCORES = {"softmax": 0, "softmax_selected": 1, "sigmoid": 2, "sigmoid_selected": 3, "sparsemixer": 4}
@@ -218,7 +218,7 @@ class Lowered:
             return {"cos": 0, "sin": 0, "dim": 0, "is_interleaved": False}
         if rope not in self._ropes:  # untouched memory costs nothing until `prepare` fills it
             shape = (self.config.max_context, rope.dim // 2)
-            self._ropes[rope] = torch.empty(shape), torch.empty(shape)
+            self._ropes[rope] = untouched_floats(*shape), untouched_floats(*shape)
         cos, sin = self._ropes[rope]
         interleaved = rope.pairing == "interleaved"
         return {"cos": cos.data_ptr(), "sin": sin.data_ptr(), "dim": rope.dim, "is_interleaved": interleaved}

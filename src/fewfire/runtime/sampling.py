@@ -42,8 +42,8 @@ class Sampling:
         check(0 < self.top_p <= 1, f"top_p ({self.top_p}) must be above 0 and at most 1; 1 keeps all")
         check(0 <= self.min_p < 1, f"min_p ({self.min_p}) must be at least 0 and below 1; 0 keeps all")
         check(
-            math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty ({self.repetition_penalty}) must be above 0; 1 is off, 1.1 is mild",
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty ({self.repetition_penalty}) must be from 0.01 to 100; 1 is off, 1.1 is mild",
         )
         check(
             self.seed is None or 0 <= self.seed < 2**63,
@@ -87,7 +87,8 @@ def adjusted_logits(logits_V: Tensor, sampling: Sampling, seen_ids: Tensor) -> T
         logits_V = penalise_repetition(logits_V, seen_ids, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_V
-    logits_V = (logits_V - logits_V.max()) / sampling.temperature  # the best is 0: a tiny temperature cannot overflow
+    # the best is 0, and stays it: a tiny temperature neither overflows nor becomes 0 as float32
+    logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, 1e-30)
     if sampling.top_k is not None:
         logits_V = keep_top_k(logits_V, sampling.top_k)
     return keep_min_p(keep_top_p(logits_V, sampling.top_p), sampling.min_p)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,13 @@ def huge_pages(num_bytes: int) -> mmap.mmap:
 def huge_memory(num_bytes: int) -> Tensor:
     """The same as uint8."""
     return torch.frombuffer(huge_pages(num_bytes), dtype=torch.uint8)[:num_bytes]
+
+
+def untouched_floats(*shape: int) -> Tensor:
+    """float32 that takes memory only where it is written, page by page, and is not promised before. Raises: OSError
+    where the system has no addresses left."""
+    memory = mmap.mmap(-1, max(4 * prod(shape), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.float32)[: prod(shape)].view(shape)
 
 
 def open_file(path: Path) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fewfire.errors import BudgetError, ConfigError, FewfireError, FormatError
+from fewfire.files import read_regular
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -44,7 +45,7 @@ def write_file(path: Path, content: bytes) -> None:
 def read_bytes(path: Path) -> bytes:
     """A file's bytes. Raises ConfigError, in one line, where it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 

@@ -185,7 +185,10 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it; None where it has none."""
-        return self._backend.token_to_id(token)
+        try:
+            return self._backend.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate: no vocabulary spells one
+            return None
 
     # -------------------------------------------------------------------------------- encode, decode
 

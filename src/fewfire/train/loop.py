@@ -38,6 +38,7 @@ from fewfire.model.router import Router
 from fewfire.routing import Routing
 from fewfire.runtime.load import load_module
 from fewfire.runtime.score import score_batches
+from fewfire.runtime.threads import use_threads
 from fewfire.tokenizer import Tokenizer
 from fewfire.train.architecture import build_config
 from fewfire.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -115,7 +116,7 @@ class Trainer:
         self.settings, self.reporter = settings, reporter or Silent()
         self.folder = Path(settings.folder)
         if settings.run.threads:
-            torch.set_num_threads(settings.run.threads)
+            use_threads(settings.run.threads)
         self._check_settings()
         kernels.keep_freed_memory()
         tokenizer = Tokenizer.load(settings.initial) if settings.initial else None
