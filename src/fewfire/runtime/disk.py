@@ -67,6 +67,8 @@ def open_records(path: Path, layout: Layout, slots: Tensor, direct: bool | None 
     if direct:
         os.close(buffered)
         return past, Access(True), 0
+    if hasattr(os, "posix_fadvise"):  # what is left of writing it lies in large pieces, of which parts are not dropped
+        os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_DONTNEED)
     memory, touched = _room(_piece(layout), slots)
     rates = [(_rate(past, layout, memory), _rate(buffered, layout, memory)) for _ in range(_PROBES)]
     of_direct, of_buffered = (max(each) for each in zip(*rates, strict=True))
