@@ -81,6 +81,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     options.folder.mkdir(parents=True, exist_ok=True)
     initialise(name, path, layers=layers, quant="q4", **PARTS)
     try:
+        _bench(path, options)  # not counted: beside a file that was just written, memory is slow for some seconds
         if name in _words(options.shapes):
             for batch in map(int, _words(options.batches)):
                 runs = [_bench(path, options, "--batch", str(batch)) for _ in range(options.rounds)]
