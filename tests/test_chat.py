@@ -219,6 +219,7 @@ FLOODS = [
     "{% set ns = namespace(s={}) %}{% for i in range(99) %}{% set ns.s = dict(a=ns.s, b=ns.s) %}{% endfor %}{{ ns.s }}",
     "{% set ns = namespace(s=namespace()) %}{% for i in range(99) %}"
     "{% set ns.s = namespace(a=ns.s, b=ns.s) %}{% endfor %}{{ ns.s }}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{% for i in range(99999) %}" + "x" * 5000 + "{% endfor %}",
     "{{ (range(100000) | map(attribute='x', default='y' * 100000) | list) }}",

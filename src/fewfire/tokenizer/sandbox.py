@@ -25,6 +25,7 @@ from jinja2.visitor import NodeTransformer
 MAX_STEPS = 300_000  # loop turns, calls and additions
 MAX_SECONDS = 10.0  # of this thread's processor time
 _MAX_BITS = 4096  # of a number
+_PARTS_A_STEP = 16  # of a list or mapping that is met for the first time
 _TICK, _JOIN, _HOLD = "fewfire_tick", "fewfire_join", "fewfire_hold"
 
 # What templates of published models use; none of these makes much out of little, but for the three measured ones.
@@ -77,6 +78,7 @@ class Budget:
         known = self._weights.get(id(value))
         if known is None:
             parts = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
+            self.tick(len(parts) // _PARTS_A_STEP)
             known = self._weights[id(value)] = (value, 4 + sum(map(self.weigh, parts)))
         if known[1] > self.limit:
             raise LimitError("its values grow too large")
