@@ -55,9 +55,8 @@ public:
 
     // The experts that `layer` runs now, distinct and rising. in_order: they will be given back in that order, and what
     // is not in memory passes through a few slots without pushing out what is, or fills the layer's share of free ones.
-    // `reads_ahead`: the next layer will want
-    // nearly all of its experts. `most_fills`: no more than so many of the missing come in, and nobody waits for them;
-    // null: all.
+    // `reads_ahead`: the next layer will want nearly all of its experts. `most_fills`: no more than so many of the
+    // missing come in, and nobody waits for them; null: all.
     void want(int layer, const std::int32_t* experts, int count, bool in_order, bool reads_ahead,
               const std::int64_t* most_fills = nullptr);
 

@@ -252,15 +252,14 @@ def _check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_experts(folder: Path, manifest: Mapping[str, Any], layout: Layout) -> None:
-    _check_part(folder, manifest, "experts", EXPERTS, layout.expert_bytes)
     path, listed = str(folder / MANIFEST), manifest["experts"].get("layers")
+    _check_says(manifest["experts"], {"file": EXPERTS, "bytes": layout.expert_bytes}, path, "experts")
     if not isinstance(listed, list) or len(listed) != len(layout.experts):
         raise FormatError(f"expected {len(layout.experts)} layers of experts", path=path, record="experts.layers")
     for number, (entry, layer) in enumerate(zip(listed, layout.experts, strict=True)):
         expected = {"prefix": layer.prefix, "offset": layer.offset, "record_bytes": layer.record_bytes}
         record = f"experts.layers[{number}]"
-        if not isinstance(entry, dict) or {key: entry.get(key) for key in expected} != expected:
-            raise FormatError(f"does not say {expected}, which config and formats imply", path=path, record=record)
+        _check_says(entry, expected, path, record)
         _check_checksums(entry.get("checksums"), layer.num_experts, path, record)
     if not layout.experts:
         return
@@ -282,15 +281,14 @@ def _check_size(path: Path, expected: int) -> None:
         raise FormatError(message, path=str(path), offset=min(found, expected))
 
 
-def _check_part(folder: Path, manifest: Mapping[str, Any], part: str, file: str, num_bytes: int) -> None:
-    expected = {"file": file, "bytes": num_bytes}
-    if {key: manifest[part].get(key) for key in expected} != expected:
-        message = f"does not say {expected}, which config and formats imply"
-        raise FormatError(message, path=str(folder / MANIFEST), record=part)
+def _check_says(entry: Any, expected: Mapping[str, Any], path: str, record: str) -> None:
+    if not isinstance(entry, dict) or {key: entry.get(key) for key in expected} != expected:
+        raise FormatError(f"does not say {expected}, which config and formats imply", path=path, record=record)
 
 
 def _check_trunk(folder: Path, manifest: Mapping[str, Any], layout: Layout) -> dict[str, TensorHeader]:
-    _check_part(folder, manifest, "trunk", TRUNK, layout.trunk_bytes)
+    expected_file = {"file": TRUNK, "bytes": layout.trunk_bytes}
+    _check_says(manifest["trunk"], expected_file, str(folder / MANIFEST), "trunk")
     path = folder / TRUNK
     headers = read_safetensors(path)
     expected = {name: (dtype, shape) for placed in layout.trunk for name, dtype, shape in stored_parts(placed)}

@@ -21,7 +21,11 @@ from fewfire.config import (
 PAGE_TOKENS = 64
 GROUP, ROWS = 128, 16
 _MOST_BLOCKS, _PANEL_GROUPS, _TOGETHER, _RUNS = 4, 2, 768, 8  # native/include/quantized.hpp
-_BATCH_SLOTS, _LOOSE_SLOTS, _CACHED_TOKENS = 1024, 512, 256  # native/experts.cpp
+# native/experts.cpp, native/residency.cpp; a slot is one token of one expert, but for the window's
+_BATCH_SLOTS, _CACHED_TOKENS = 1024, 256
+LOOSE_SLOTS = 512  # of a layer, beyond which its experts run in order
+DENSE_SLOTS = 6  # an expert, from which the next layer's experts are read ahead
+WINDOW_SLOTS = 16  # of memory, that experts of a prompt pass through
 _LATENT_TOKENS = 64  # native/latent.cpp
 CHUNKS = (2048, 1024, 512, 256, 128)  # tokens of a prefill step, the largest that memory allows
 
@@ -134,7 +138,7 @@ def _moe_arrays(moe: MoEConfig, n: int, dim: int) -> Iterator[tuple[str, int]]:
     yield "chosen", 8 * slots
     yield "order", 8 * slots + 64 * router.num_experts
     yield "expert_hidden", _rows(min(slots, _BATCH_SLOTS), moe.expert.hidden_dim)
-    yield "outs", 4 * min(slots, _LOOSE_SLOTS) * row_stride(dim)
+    yield "outs", 4 * min(slots, LOOSE_SLOTS) * row_stride(dim)
     if moe.shared is not None:
         yield from _dense_arrays(moe.shared, n)
         yield "weighted", 4 * n * row_stride(dim)

@@ -14,14 +14,13 @@ from typing import Any
 from fewfire.plan.hardware import Part
 from fewfire.plan.memory import embedding_on_disk_bytes, floor_bytes
 from fewfire.plan.phases import expert_layers
+from fewfire.plan.resident import DENSE_SLOTS, WINDOW_SLOTS
 from fewfire.plan.speed import PrefillTime, bandwidth, chunk_phases, decode_phases, expert_bytes, launches
 from fewfire.plan.unique import Routed
 from fewfire.plan.workload import Assumptions, Workload
 
 DOWN_SHARE = 1 / 3  # of an expert's work: gate and up are the rest
 READ_COST = 0.25  # of the shorter of reading experts and computing them in a prompt: checksums, the ends of layers
-DENSE_TOKENS = 6  # an expert, from which a layer's reads begin while the layer before it is computed
-WINDOW_SLOTS = 16  # that a prompt's experts pass through
 DISK_BYTES_PER_S = 2e9  # where a part names no disk: a middling NVMe drive, reads of expert size
 
 
@@ -198,7 +197,7 @@ def stream_prefill(
 def _ahead_s(work: Workload, num_tokens: int, others_s: float, bytes_per_s: float) -> float:
     """Seconds of a layer's reads that run before its router has chosen, while attention and trunk take `others_s`: as
     many as the window holds, where each expert gets so many tokens (native/experts.cpp, native/residency.cpp)."""
-    if any(num_tokens * routed.top_k < DENSE_TOKENS * routed.num_experts for routed, _ in work.routed):
+    if any(num_tokens * routed.top_k < DENSE_SLOTS * routed.num_experts for routed, _ in work.routed):
         return 0.0
     return min(others_s, WINDOW_SLOTS * work.weights.per_expert / bytes_per_s)
 

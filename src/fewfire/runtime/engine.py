@@ -64,9 +64,8 @@ class SparePages:
 
     def fit(self, room: int) -> None:
         """Let go of what exceeds `room` bytes."""
-        room = min(room, self.MOST_BYTES)
-        while self._pages and self.num_bytes > room:
-            del self._pages[max(0, room) // self._pages[0].numel() :]
+        if self._pages:  # all of one size
+            del self._pages[max(0, min(room, self.MOST_BYTES)) // self._pages[0].numel() :]
 
 
 class PagedSequence:

@@ -42,10 +42,15 @@ class Piece(NamedTuple):
     record: str
 
 
-def huge_pages(num_bytes: int) -> mmap.mmap:
-    """Memory of its own, page-aligned, without cost until written; in huge pages where the system has them."""
+def _untouched_pages(num_bytes: int) -> mmap.mmap:
+    """Memory of its own, page-aligned, without cost until written. Raises: OSError where no addresses are left."""
     # Private: pages of shared memory, mmap's default, are small. Not reserved: what is not touched is not promised.
-    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    return mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+
+
+def huge_pages(num_bytes: int) -> mmap.mmap:
+    """The same, in huge pages where the system has them."""
+    memory = _untouched_pages(num_bytes)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -57,10 +62,8 @@ def huge_memory(num_bytes: int) -> Tensor:
 
 
 def untouched_floats(*shape: int) -> Tensor:
-    """float32 that takes memory only where it is written, page by page, and is not promised before. Raises: OSError
-    where the system has no addresses left."""
-    memory = mmap.mmap(-1, max(4 * prod(shape), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    return torch.frombuffer(memory, dtype=torch.float32)[: prod(shape)].view(shape)
+    """float32 that takes memory only where it is written, in small pages. Raises as above."""
+    return torch.frombuffer(_untouched_pages(4 * prod(shape)), dtype=torch.float32)[: prod(shape)].view(shape)
 
 
 def open_file(path: Path) -> int:

@@ -13,15 +13,12 @@ from torch import Tensor
 
 from fewfire.config import check
 from fewfire.kernels.isa import extension
+from fewfire.plan.resident import DENSE_SLOTS, LOOSE_SLOTS
 from fewfire.runtime.banks import POLICIES, LayerCounts, Streaming
 from fewfire.trace import reference
 from fewfire.trace.file import Trace
 
 DEFAULT_POLICY: str = Streaming().policy
-LOOSE_SLOTS, DENSE_SLOTS = (
-    512,
-    6,
-)  # native/experts.cpp: from where experts run in order, and the next layer is read ahead
 
 
 class Step(NamedTuple):
